@@ -1,0 +1,19 @@
+// What the processor and the operating system offer. Compiled with baseline flags only.
+#pragma once
+
+#include <cstdint>
+
+namespace xlmr {
+
+enum Feature : uint32_t {
+  kFeatureAvx2 = 1u << 0,
+  kFeatureFma = 1u << 1,
+};
+
+// The features that this process may use (bits of Feature).
+uint32_t cpu_features();
+
+// The name of the first feature that is in `required` and not in `available`, or null.
+const char* missing_feature(uint32_t required, uint32_t available);
+
+}  // namespace xlmr

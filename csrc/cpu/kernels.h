@@ -1,0 +1,49 @@
+// The entry points of one instruction set's kernels, which table.cpp gathers. Each checks nothing:
+// the contract is in ops.h.
+#pragma once
+
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace xlmr::XLMR_ISA {
+
+#define XLMR_DECLARE_OP(name, Args)                             \
+  int64_t name##_workspace(const Args& args, const ExecContext& ctx); \
+  Status name(const Args& args, const ExecContext& ctx)
+
+XLMR_DECLARE_OP(linear_forward, LinearForward);
+XLMR_DECLARE_OP(linear_backward, LinearBackward);
+XLMR_DECLARE_OP(feed_forward_forward, FeedForwardForward);
+XLMR_DECLARE_OP(feed_forward_backward, FeedForwardBackward);
+XLMR_DECLARE_OP(attention_forward, AttentionForward);
+XLMR_DECLARE_OP(attention_backward, AttentionBackward);
+XLMR_DECLARE_OP(layer_norm_forward, LayerNormForward);
+XLMR_DECLARE_OP(layer_norm_backward, LayerNormBackward);
+XLMR_DECLARE_OP(embedding_forward, EmbeddingForward);
+XLMR_DECLARE_OP(embedding_backward, EmbeddingBackward);
+
+#undef XLMR_DECLARE_OP
+
+}  // namespace xlmr::XLMR_ISA
+
+// Defines an op from a template `Kernel<T>` with a constructor (Workspace&, args, ctx), which lays
+// out the workspace, and a method run(args, ctx). The query and the run share the constructor.
+#define XLMR_DEFINE_OP(name, Args, Kernel)                                 \
+  int64_t name##_workspace(const Args& args, const ExecContext& ctx) {     \
+    Workspace space(nullptr);                                              \
+    if (args.dtype == DType::float32) {                                    \
+      (void)Kernel<float>(space, args, ctx);                               \
+    } else {                                                               \
+      (void)Kernel<double>(space, args, ctx);                              \
+    }                                                                      \
+    return space.total();                                                  \
+  }                                                                        \
+  Status name(const Args& args, const ExecContext& ctx) {                  \
+    Workspace space(ctx.workspace);                                        \
+    if (args.dtype == DType::float32) {                                    \
+      Kernel<float>(space, args, ctx).run(args, ctx);                      \
+    } else {                                                               \
+      Kernel<double>(space, args, ctx).run(args, ctx);                     \
+    }                                                                      \
+    return nullptr;                                                        \
+  }

@@ -1,0 +1,95 @@
+// y_p = act(x W_p^T + b_p [+ addend]), and its backward.
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/reduce.h"
+
+namespace xlmr::XLMR_ISA {
+namespace {
+
+template <class T>
+struct LinearForwardKernel {
+  GemmSpace<T> gemm_space;
+
+  LinearForwardKernel(Workspace& space, const LinearForward& a, const ExecContext& ctx)
+      : gemm_space(space, ctx, a.rows, a.in_features) {}
+
+  void run(const LinearForward& a, const ExecContext& ctx) const {
+    Product<T> product[3];
+    for (int p = 0; p < a.parts; ++p) {
+      product[p] = {a.rows,
+                    a.out_features,
+                    1,
+                    {{{static_cast<const T*>(a.x), a.x_stride, 1},
+                      {static_cast<const T*>(a.weight[p]), 1, a.in_features},
+                      a.in_features}},
+                    static_cast<T*>(a.y[p]),
+                    a.y_stride};
+    }
+    const T* addend = static_cast<const T*>(a.addend);
+    gemm(ctx, gemm_space, product, static_cast<int>(a.parts),
+         [&](int p, Vec<T> y, int64_t row, int64_t column, int64_t lanes) {
+           const T* bias = static_cast<const T*>(a.bias[p]);
+           if (bias != nullptr) y = y + load_lanes(bias + column, lanes);
+           if (addend != nullptr) y = y + load_lanes(addend + row * a.addend_stride + column, lanes);
+           return a.activation == Activation::tanh ? tanh(y) : y;
+         });
+  }
+};
+
+template <class T>
+struct LinearBackwardKernel {
+  GemmSpace<T> dx_space, dweight_space;
+
+  LinearBackwardKernel(Workspace& space, const LinearBackward& a, const ExecContext& ctx)
+      : dx_space(space, ctx, a.dx ? a.rows : 0, a.dx ? a.parts * a.out_features : 0),
+        dweight_space(space, ctx, a.dweight[0] ? a.out_features : 0, a.dweight[0] ? a.rows : 0) {}
+
+  void run(const LinearBackward& a, const ExecContext& ctx) const {
+    MatrixView<T> dz[3];
+    for (int p = 0; p < a.parts; ++p) dz[p] = {static_cast<const T*>(a.dy[p]), a.dy_stride, 1};
+    if (a.activation == Activation::tanh) {
+      // tanh' = 1 - y^2
+      T* out = static_cast<T*>(a.dz);
+      parallel_ranges(ctx, a.rows, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const T* dy = static_cast<const T*>(a.dy[0]) + row * a.dy_stride;
+          const T* y = static_cast<const T*>(a.y) + row * a.out_features;
+          for_row<T>(a.out_features, [&](int64_t j, int64_t lanes) {
+            const Vec<T> v = load_lanes(y + j, lanes);
+            const Vec<T> slope = Vec<T>(T(1)) - v * v;
+            store_lanes(out + row * a.out_features + j, load_lanes(dy + j, lanes) * slope, lanes);
+          });
+        }
+      });
+      dz[0] = {out, a.out_features, 1};
+    }
+    const auto keep = [](int, Vec<T> x, int64_t, int64_t, int64_t) { return x; };
+    if (a.dx != nullptr) {
+      Product<T> product = {a.rows, a.in_features, static_cast<int>(a.parts), {},
+                            static_cast<T*>(a.dx), a.in_features};
+      for (int p = 0; p < a.parts; ++p) {
+        product.segment[p] = {
+            dz[p], {static_cast<const T*>(a.weight[p]), a.in_features, 1}, a.out_features};
+      }
+      gemm(ctx, dx_space, &product, 1, keep);
+    }
+    for (int p = 0; p < a.parts; ++p) {
+      if (a.dweight[p] != nullptr) {
+        weight_gradient(ctx, dweight_space, a.rows, dz[p], a.out_features,
+                        {static_cast<const T*>(a.x), a.x_stride, 1}, a.in_features,
+                        static_cast<T*>(a.dweight[p]));
+      }
+      if (a.dbias[p] != nullptr) {
+        column_sums(ctx, a.rows, a.out_features, dz[p].data, dz[p].row,
+                    static_cast<T*>(a.dbias[p]));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+XLMR_DEFINE_OP(linear_forward, LinearForward, LinearForwardKernel)
+XLMR_DEFINE_OP(linear_backward, LinearBackward, LinearBackwardKernel)
+
+}  // namespace xlmr::XLMR_ISA

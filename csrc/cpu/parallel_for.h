@@ -1,0 +1,63 @@
+// core/parallel.h for lambdas, and the layout of an op's workspace.
+#pragma once
+
+#include "core/parallel.h"
+#include "cpu/isa.h"
+#include "types.h"
+
+namespace xlmr::XLMR_ISA {
+namespace {
+
+// fn(task, thread) for every task in [0, tasks).
+template <class F>
+XLMR_INLINE void parallel_for(const ExecContext& ctx, int64_t tasks, const F& fn) {
+  parallel_tasks(
+      ctx.num_threads, tasks,
+      [](void* arg, int64_t task, int32_t thread) { (*static_cast<const F*>(arg))(task, thread); },
+      const_cast<F*>(&fn));
+}
+
+// fn(begin, end) over [0, n) in pieces of `grain`.
+template <class F>
+XLMR_INLINE void parallel_ranges(const ExecContext& ctx, int64_t n, int64_t grain, const F& fn) {
+  parallel_for(ctx, ceil_div(n, grain), [&](int64_t task, int32_t) {
+    const int64_t begin = task * grain;
+    fn(begin, min_of(n, begin + grain));
+  });
+}
+
+// Hands out 64-byte aligned pieces of a workspace. An op describes its layout once, in a function
+// that both the query (null base: only `total` counts) and the run go through.
+class Workspace {
+ public:
+  explicit Workspace(void* base)
+      : base_(base == nullptr ? 0 : round_up(static_cast<int64_t>(
+                                                 reinterpret_cast<uintptr_t>(base)),
+                                             kAlign)) {}
+
+  // Room for a * b * c elements, in bytes from the aligned base.
+  template <class T>
+  T* take(int64_t a, int64_t b = 1, int64_t c = 1) {
+    int64_t bytes = static_cast<int64_t>(sizeof(T));
+    overflow_ |= __builtin_mul_overflow(bytes, a, &bytes) ||
+                 __builtin_mul_overflow(bytes, b, &bytes) ||
+                 __builtin_mul_overflow(bytes, c, &bytes) || bytes > INT64_MAX / 4 ||
+                 used_ > INT64_MAX / 4;
+    if (overflow_) return nullptr;
+    T* p = reinterpret_cast<T*>(static_cast<uintptr_t>(base_ + used_));
+    used_ += round_up(bytes, kAlign);
+    return p;
+  }
+
+  // Bytes to allocate; -1 where they overflow.
+  int64_t total() const { return overflow_ ? -1 : used_ + kAlign; }
+
+ private:
+  static constexpr int64_t kAlign = 64;
+  int64_t base_;
+  int64_t used_ = 0;
+  bool overflow_ = false;
+};
+
+}  // namespace
+}  // namespace xlmr::XLMR_ISA

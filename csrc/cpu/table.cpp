@@ -1,0 +1,24 @@
+// One instruction set's table: constant-initialised, the only symbol that other objects use.
+#include "cpu/kernels.h"
+
+namespace xlmr::XLMR_ISA {
+
+#define XLMR_STRING2(x) #x
+#define XLMR_STRING(x) XLMR_STRING2(x)
+
+extern const KernelTable table;
+const KernelTable table = {
+    XLMR_STRING(XLMR_ISA),
+    {linear_forward_workspace, linear_forward},
+    {linear_backward_workspace, linear_backward},
+    {feed_forward_forward_workspace, feed_forward_forward},
+    {feed_forward_backward_workspace, feed_forward_backward},
+    {attention_forward_workspace, attention_forward},
+    {attention_backward_workspace, attention_backward},
+    {layer_norm_forward_workspace, layer_norm_forward},
+    {layer_norm_backward_workspace, layer_norm_backward},
+    {embedding_forward_workspace, embedding_forward},
+    {embedding_backward_workspace, embedding_backward},
+};
+
+}  // namespace xlmr::XLMR_ISA

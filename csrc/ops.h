@@ -1,0 +1,267 @@
+// The contract between Python and the kernels: one argument struct per op, and the table of
+// function pointers that every instruction set (and CUDA) fills.
+//
+// Conventions, for every op:
+//  * Tensors are raw pointers to row-major data of the op's dtype. A `*_stride` is the distance
+//    between rows in elements; columns are contiguous. Where no stride is given the tensor is
+//    contiguous. Pointers are aligned to their element only.
+//  * N = rows: the tokens of all sequences, back to back (packed, no padding).
+//  * Outputs and gradients are written (`=`), never accumulated, except where `+=` is noted.
+//  * A pointer marked "may be null" is skipped; every other pointer is valid when its tensor has
+//    elements.
+//  * The caller has checked every shape, index and dtype, and allocates outputs and workspace.
+//    Kernels allocate nothing.
+//  * Workspace queries return bytes, or -1 where the size overflows int64.
+#pragma once
+
+#include "types.h"
+
+namespace xlmr {
+
+enum class Activation : int32_t {
+  none = 0,
+  tanh = 1,       // linear only (the heads' dense)
+  gelu = 2,       // x/2 (1 + erf(x / sqrt 2)), Hendrycks & Gimpel 2016 (arXiv 1606.08415), eq. 1
+  gelu_tanh = 3,  // x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), same paper, eq. 2
+  relu = 4,
+};
+
+// Inverted dropout whose mask is a pure function of (seed, site, head, row, column); see
+// core/philox.h. Nothing is stored: the backward computes the mask again.
+struct Dropout {
+  double p = 0.0;                 // probability of zeroing, in [0, 1); 0 turns dropout off
+  int64_t site = 0;               // names the place in the model
+  const int64_t* seed = nullptr;  // one element in host memory; may be null where p = 0
+};
+
+// y_p = act(x W_p^T + b_p [+ addend]) for p < parts. One pass over x serves q, k and v.
+struct LinearForward {
+  DType dtype;
+  Activation activation;  // none or tanh
+  int64_t rows, in_features, out_features;
+  int64_t parts;           // 1 to 3; an addend or an activation needs parts = 1
+  const void* x;           // [N, in]
+  int64_t x_stride;
+  const void* weight[3];   // [out, in] each
+  const void* bias[3];     // [out] each; may be null
+  const void* addend;      // [N, out], added before the activation; may be null
+  int64_t addend_stride;
+  void* y[3];              // [N, out] each
+  int64_t y_stride;
+};
+
+// With dz_p = dy_p * act'(z):  dx = sum_p dz_p W_p,  dW_p = dz_p^T x,  db_p = sum_rows dz_p.
+struct LinearBackward {
+  DType dtype;
+  Activation activation;
+  int64_t rows, in_features, out_features;
+  int64_t parts;
+  const void* dy[3];       // [N, out] each
+  int64_t dy_stride;
+  const void* x;           // [N, in]; may be null where no dweight is asked for
+  int64_t x_stride;
+  const void* weight[3];   // [out, in]; may be null where dx is null
+  const void* y;           // [N, out] contiguous, the forward's output; null unless tanh
+  void* dx;                // [N, in] contiguous; may be null
+  void* dweight[3];        // [out, in] each; all null or all given
+  void* dbias[3];          // [out] each; may be null
+  void* dz;                // [N, out] contiguous, the gradient of the addend; null unless tanh
+};
+
+// pre = x W1^T + b1 [+ hidden_addend];  y = act(pre) W2^T + b2 [+ addend].
+struct FeedForwardForward {
+  DType dtype;
+  Activation activation;      // gelu, gelu_tanh or relu
+  int64_t rows, hidden, inner;
+  const void* x;              // [N, hidden]
+  int64_t x_stride;
+  const void* up_weight;      // W1 [inner, hidden]
+  const void* up_bias;        // [inner]; may be null
+  const void* down_weight;    // W2 [hidden, inner]
+  const void* down_bias;      // [hidden]; may be null
+  const void* hidden_addend;  // [N, inner]; may be null
+  int64_t hidden_addend_stride;
+  const void* addend;         // [N, hidden]; may be null
+  int64_t addend_stride;
+  void* y;                    // [N, hidden] contiguous
+  void* pre;                  // [N, inner] contiguous, kept for the backward; may be null
+};
+
+// da = dy W2;  dpre = da * act'(pre);  dx = dpre W1;  dW1 = dpre^T x;  dW2 = dy^T act(pre).
+// act(pre) and act'(pre) are computed again from pre.
+struct FeedForwardBackward {
+  DType dtype;
+  Activation activation;
+  int64_t rows, hidden, inner;
+  const void* dy;           // [N, hidden]
+  int64_t dy_stride;
+  const void* x;            // [N, hidden]
+  int64_t x_stride;
+  const void* up_weight;    // [inner, hidden]
+  const void* down_weight;  // [hidden, inner]
+  const void* pre;          // [N, inner] contiguous
+  void* dx;                 // [N, hidden] contiguous; may be null
+  void* dup_weight;         // [inner, hidden]; may be null
+  void* dup_bias;           // [inner]; may be null
+  void* ddown_weight;       // [hidden, inner]; may be null
+  void* ddown_bias;         // [hidden]; may be null
+  void* dpre;               // [N, inner] contiguous, the gradient of hidden_addend; may be null
+};
+
+// out = softmax(scale Q K^T) V for every sequence and head; Vaswani et al. 2017
+// (arXiv 1706.03762), eq. 1. No S x S matrix is kept: blocks of keys with a running maximum
+// (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135, alg. 1).
+struct AttentionForward {
+  DType dtype;
+  int64_t batch, rows, num_heads, head_size;  // head_size at most 128
+  int64_t max_seqlen;         // the longest sequence, or more
+  const int32_t* cu_seqlens;  // [batch + 1], ascending, cu_seqlens[0] = 0, last = rows
+  double scale;
+  Dropout dropout;            // on the probabilities; row = packed query row, column = key
+  const void* query;          // [N, num_heads * head_size]
+  int64_t query_stride;
+  const void* key;
+  int64_t key_stride;
+  const void* value;
+  int64_t value_stride;
+  void* out;                  // [N, num_heads * head_size]
+  int64_t out_stride;
+  void* lse;                  // [num_heads, N] log sum exp of scaled scores; may be null
+};
+
+// dV = P~^T dO;  dP~ = dO V^T;  dS = P * (mask * dP~ / (1-p) - delta);  delta = rowsum(dO * O);
+// dQ = scale dS K;  dK = scale dS^T Q  (Dao et al. 2022, alg. 4).
+struct AttentionBackward {
+  DType dtype;
+  int64_t batch, rows, num_heads, head_size;
+  int64_t max_seqlen;
+  const int32_t* cu_seqlens;
+  double scale;
+  Dropout dropout;
+  const void* dout;           // [N, num_heads * head_size]
+  int64_t dout_stride;
+  const void* query;
+  int64_t query_stride;
+  const void* key;
+  int64_t key_stride;
+  const void* value;
+  int64_t value_stride;
+  const void* out;            // the forward's
+  int64_t out_stride;
+  const void* lse;            // the forward's, [num_heads, N]
+  void* dquery;               // [N, num_heads * head_size], all three with dqkv_stride
+  void* dkey;
+  void* dvalue;
+  int64_t dqkv_stride;
+};
+
+// sum = dropout(x) + residual;  y = (sum - mean) * rstd * weight + bias;
+// rstd = 1 / sqrt(var + eps), var over the row, biased (Ba et al. 2016, arXiv 1607.06450).
+struct LayerNormForward {
+  DType dtype;
+  int64_t rows, hidden;
+  double eps;
+  Dropout dropout;
+  const void* x;         // [N, hidden]
+  int64_t x_stride;
+  const void* residual;  // [N, hidden]; may be null
+  int64_t residual_stride;
+  const void* weight;    // [hidden]
+  const void* bias;      // [hidden]
+  void* y;               // [N, hidden] contiguous
+  void* sum;             // [N, hidden] contiguous, kept for the backward; may be null
+  void* mean;            // [N]; null together with rstd
+  void* rstd;            // [N]
+};
+
+// With g = dy * weight and h = (sum - mean) * rstd:
+// dsum = rstd (g - mean(g) - h mean(g h));  dx = mask * dsum / (1-p);
+// dweight = sum_rows dy * h;  dbias = sum_rows dy.
+struct LayerNormBackward {
+  DType dtype;
+  int64_t rows, hidden;
+  Dropout dropout;
+  const void* dy;      // [N, hidden]
+  int64_t dy_stride;
+  const void* sum;     // [N, hidden]
+  int64_t sum_stride;
+  const void* mean;    // [N]
+  const void* rstd;    // [N]
+  const void* weight;  // [hidden]
+  void* dsum;          // [N, hidden] contiguous, the gradient of the residual too
+  void* dx;            // [N, hidden] contiguous; null where p = 0 (dx is dsum then)
+  void* dweight;       // [hidden]; null together with dbias
+  void* dbias;         // [hidden]
+};
+
+// y = dropout(LayerNorm(word[id] + position[position_id] + type[type_id])).
+struct EmbeddingForward {
+  DType dtype;
+  int64_t rows, hidden;
+  double eps;
+  Dropout dropout;
+  const int64_t* input_ids;       // [N]; null where inputs_embeds is given
+  const void* inputs_embeds;      // [N, hidden], instead of word rows; may be null
+  int64_t inputs_embeds_stride;
+  const int64_t* position_ids;    // [N]
+  const int64_t* token_type_ids;  // [N]; null means type 0 everywhere
+  const void* word;               // [V, hidden]; may be null with inputs_embeds
+  const void* position;           // [P, hidden]
+  const void* token_type;         // [T, hidden]
+  const void* weight;             // [hidden] LayerNorm's
+  const void* bias;               // [hidden]
+  void* y;                        // [N, hidden] contiguous
+  void* mean;                     // [N]; may be null together with rstd
+  void* rstd;                     // [N]
+};
+
+// dsum as in LayerNormBackward, the sum being gathered again; then, row by row in ascending
+// order, dword[id] += dsum, dposition[position_id] += dsum, dtoken_type[type_id] += dsum. Rows
+// equal to padding_idx get nothing in dword and dposition (torch.nn.Embedding's rule).
+struct EmbeddingBackward {
+  DType dtype;
+  int64_t rows, hidden;
+  Dropout dropout;
+  int64_t padding_idx;            // -1: none
+  const void* dy;                 // [N, hidden]
+  int64_t dy_stride;
+  const int64_t* input_ids;
+  const void* inputs_embeds;
+  int64_t inputs_embeds_stride;
+  const int64_t* position_ids;
+  const int64_t* token_type_ids;
+  const void* word;
+  const void* position;
+  const void* token_type;
+  const void* weight;
+  const void* mean;
+  const void* rstd;
+  void* dsum;                     // [N, hidden] contiguous, the gradient of inputs_embeds
+  void* dword;                    // [V, hidden] += ; may be null
+  void* dposition;                // [P, hidden] += ; may be null
+  void* dtoken_type;              // [T, hidden] += ; may be null
+  void* dweight;                  // [hidden]; null together with dbias
+  void* dbias;                    // [hidden]
+};
+
+template <class Args>
+struct Op {
+  int64_t (*workspace)(const Args&, const ExecContext&);
+  Status (*run)(const Args&, const ExecContext&);
+};
+
+struct KernelTable {
+  const char* name;
+  Op<LinearForward> linear_forward;
+  Op<LinearBackward> linear_backward;
+  Op<FeedForwardForward> feed_forward_forward;
+  Op<FeedForwardBackward> feed_forward_backward;
+  Op<AttentionForward> attention_forward;
+  Op<AttentionBackward> attention_backward;
+  Op<LayerNormForward> layer_norm_forward;
+  Op<LayerNormBackward> layer_norm_backward;
+  Op<EmbeddingForward> embedding_forward;
+  Op<EmbeddingBackward> embedding_backward;
+};
+
+}  // namespace xlmr

@@ -1,0 +1,112 @@
+"""Fixtures that every test shares: the table, device and dtype under test, seeds, data."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from xlmr_ext import XLMRobertaConfig
+
+# CUDA joins here once its kernels are there.
+DEVICES = ["cpu"]
+DTYPES = [torch.float32, torch.float64]
+
+
+def _isas() -> list[str]:
+    """The tables that this build has and this processor runs."""
+    try:
+        from xlmr_ext import _launch
+    except ImportError:
+        # Collected all the same, so that the tests fail instead of vanishing.
+        return ["not-built"]
+    return list(_launch.isas())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: needs --slow")
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # The table varies slowest, so that a failure list reads table by table.
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", _isas(), indirect=True)
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """The same random numbers in a test whether it runs alone or in the whole suite."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on this table of kernels; the name of it."""
+    from xlmr_ext import _launch
+
+    _launch.set_isa(request.param)
+    yield request.param
+    _launch.set_isa(os.environ.get("XLMR_EXT_ISA") or _launch.isas()[-1])
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Lets the test call torch.set_num_threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of data beyond the repository, $XLMR_EXT_DATA; skips where there is none."""
+    value = os.environ.get("XLMR_EXT_DATA")
+    if not value:
+        pytest.skip("XLMR_EXT_DATA is not set: no data beyond the repository")
+    path = Path(value)
+    if not path.is_dir():
+        pytest.fail(f"XLMR_EXT_DATA: {value} is not a directory")
+    return path
+
+
+@pytest.fixture
+def make_tiny_config() -> Callable[..., XLMRobertaConfig]:
+    """Makes configurations whose sizes are no multiples of a vector; models of them run at once."""
+    from xlmr_ext import XLMRobertaConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 30,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 37,
+        "max_position_embeddings": 40,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_labels": 3,
+    }
+    return lambda **overrides: XLMRobertaConfig(**{**values, **overrides})
+
+
+@pytest.fixture
+def tiny_config(make_tiny_config: Callable[..., XLMRobertaConfig]) -> XLMRobertaConfig:
+    return make_tiny_config()

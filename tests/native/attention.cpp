@@ -1,0 +1,501 @@
+// attention_forward and attention_backward.
+#include <algorithm>
+#include <numeric>
+
+#include "harness.h"
+#include "philox.h"
+
+namespace test {
+namespace {
+
+constexpr int64_t kSeed = -7'046'029'254'386'353'131;  // negative: both key words have high bits
+
+template <class T>
+struct Problem {
+  std::vector<int32_t> lengths;
+  int64_t heads, size;
+  double scale;
+  double p = 0;  // dropout
+  int64_t site = 3;
+  bool need_lse = true;
+  bool joined = false;  // q, k and v are column blocks of one buffer, as the linear op lays them
+  int64_t gap = 0;
+  std::vector<T> query, key, value, dout;
+
+  int64_t rows() const { return std::accumulate(lengths.begin(), lengths.end(), int64_t(0)); }
+  int64_t width() const { return heads * size; }
+  std::vector<int32_t> offsets() const {
+    std::vector<int32_t> out{0};
+    for (int32_t length : lengths) out.push_back(out.back() + length);
+    return out;
+  }
+  std::string sizes() const {
+    std::string list;
+    for (int32_t length : lengths) list += text(" %d", int(length));
+    return text("lengths=[%s ] heads=%lld size=%lld p=%g joined=%d gap=%lld lse=%d", list.c_str(),
+                (long long)heads, (long long)size, p, int(joined), (long long)gap, int(need_lse));
+  }
+};
+
+template <class T>
+Problem<T> make(Random& random, std::vector<int32_t> lengths, int64_t heads, int64_t size,
+                double p) {
+  Problem<T> out;
+  out.lengths = std::move(lengths);
+  out.heads = heads;
+  out.size = size;
+  out.scale = 1 / std::sqrt(double(size));
+  out.p = p;
+  out.need_lse = random.chance(0.7);
+  out.joined = random.chance(0.5);
+  out.gap = random.chance(0.5) ? random.between(1, 19) : 0;
+  const int64_t count = out.rows() * out.width();
+  out.query = random.values<T>(count);
+  out.key = random.values<T>(count);
+  out.value = random.values<T>(count);
+  out.dout = random.values<T>(count);
+  return out;
+}
+
+template <class T>
+using Outputs = std::vector<std::vector<T>>;
+
+// q, k and v: three buffers of different strides would need three strides in the backward's
+// outputs too, so only the inputs vary.
+template <class T>
+struct Triple {
+  std::deque<Guarded<T>> buffers;
+  T* pointer[3] = {};
+  int64_t stride[3] = {};
+  int64_t width;
+  bool joined;
+
+  Triple(const Problem<T>& p, const std::vector<T>* const* values) : width(p.width()) {
+    joined = p.joined;
+    const int64_t rows = p.rows();
+    if (joined) {
+      buffers.emplace_back(rows, 3 * width, 3 * width + p.gap);
+      if (values != nullptr) {
+        std::vector<T> all(size_t(rows * 3 * width));
+        for (int64_t i = 0; i < rows * 3 * width; ++i) {
+          const int64_t row = i / (3 * width), part = i % (3 * width) / width;
+          all[size_t(i)] = (*values[part])[size_t(row * width + i % width)];
+        }
+        buffers[0].fill(all);
+      }
+    }
+    for (int i = 0; i < 3; ++i) {
+      if (!joined) {
+        const int64_t gap = values == nullptr ? p.gap : p.gap * (i + 1);
+        buffers.emplace_back(rows, width, width + gap);
+        if (values != nullptr) buffers.back().fill(*values[i]);
+      }
+      const Guarded<T>& buffer = joined ? buffers[0] : buffers.back();
+      pointer[i] = buffer.data() == nullptr ? nullptr : buffer.data() + (joined ? i * width : 0);
+      stride[i] = buffer.stride();
+    }
+  }
+  std::vector<T> values(int i) const {
+    return joined ? buffers[0].columns(i * width, width) : buffers[size_t(i)].values();
+  }
+  bool intact() const {
+    return std::all_of(buffers.begin(), buffers.end(),
+                       [](const Guarded<T>& buffer) { return buffer.intact(); });
+  }
+};
+
+template <class Args, class T>
+void set_common(Args& args, const Problem<T>& p, const Guarded<int32_t>& offsets,
+                const int64_t* seed) {
+  args.dtype = dtype_of<T>();
+  args.batch = int64_t(p.lengths.size());
+  args.rows = p.rows();
+  args.num_heads = p.heads;
+  args.head_size = p.size;
+  args.max_seqlen = 0;
+  for (int32_t length : p.lengths) args.max_seqlen = std::max(args.max_seqlen, int64_t(length));
+  args.cu_seqlens = offsets.data();
+  args.scale = p.scale;
+  args.dropout.p = p.p;
+  args.dropout.site = p.site;
+  args.dropout.seed = p.p > 0 ? seed : nullptr;
+}
+
+// Outputs: out [N, heads * size], lse [heads, N] (empty where it is not asked for).
+template <class T>
+Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
+  const int64_t rows = p.rows();
+  const Guarded<int32_t> offsets(p.offsets(), 1, int64_t(p.lengths.size()) + 1);
+  const Guarded<int64_t> seed(std::vector<int64_t>{kSeed}, 1, 1);
+  const std::vector<T>* inputs[3] = {&p.query, &p.key, &p.value};
+  const Triple<T> qkv(p, inputs);
+  const Guarded<T> out(rows, p.width(), p.width() + p.gap);
+  const Guarded<T> lse(p.need_lse ? p.heads : 0, rows);
+  xlmr::AttentionForward args{};
+  set_common(args, p, offsets, seed.data());
+  args.query = qkv.pointer[0];
+  args.query_stride = qkv.stride[0];
+  args.key = qkv.pointer[1];
+  args.key_stride = qkv.stride[1];
+  args.value = qkv.pointer[2];
+  args.value_stride = qkv.stride[2];
+  args.out = out.data();
+  args.out_stride = out.stride();
+  args.lse = lse.data();
+  run_op(table.attention_forward, args, threads);
+  CHECK(offsets.intact() && seed.intact() && qkv.intact(), "an input was changed");
+  CHECK(out.intact(), "out was written outside of its elements");
+  CHECK(lse.intact(), "lse was written outside of its elements");
+  return {out.values(), lse.values()};
+}
+
+// Outputs: dquery, dkey, dvalue.
+template <class T>
+Outputs<T> backward(TableRef table, const Problem<T>& p, const std::vector<T>& out_values,
+                    const std::vector<T>& lse_values, int32_t threads) {
+  const int64_t rows = p.rows();
+  const Guarded<int32_t> offsets(p.offsets(), 1, int64_t(p.lengths.size()) + 1);
+  const Guarded<int64_t> seed(std::vector<int64_t>{kSeed}, 1, 1);
+  const std::vector<T>* inputs[3] = {&p.query, &p.key, &p.value};
+  const Triple<T> qkv(p, inputs);
+  const Guarded<T> dout(p.dout, rows, p.width(), p.width() + 2 * p.gap);
+  const Guarded<T> out(out_values, rows, p.width(), p.width() + p.gap);
+  const Guarded<T> lse(lse_values, p.heads, rows);
+  const Triple<T> dqkv(p, nullptr);
+  xlmr::AttentionBackward args{};
+  set_common(args, p, offsets, seed.data());
+  args.dout = dout.data();
+  args.dout_stride = dout.stride();
+  args.query = qkv.pointer[0];
+  args.query_stride = qkv.stride[0];
+  args.key = qkv.pointer[1];
+  args.key_stride = qkv.stride[1];
+  args.value = qkv.pointer[2];
+  args.value_stride = qkv.stride[2];
+  args.out = out.data();
+  args.out_stride = out.stride();
+  args.lse = lse.data();
+  args.dquery = dqkv.pointer[0];
+  args.dkey = dqkv.pointer[1];
+  args.dvalue = dqkv.pointer[2];
+  args.dqkv_stride = dqkv.stride[0];
+  run_op(table.attention_backward, args, threads);
+  CHECK(offsets.intact() && seed.intact() && qkv.intact() && dout.intact() && out.intact() &&
+            lse.intact(),
+        "an input was changed");
+  CHECK(dqkv.intact(), "a gradient was written outside of its elements");
+  return {dqkv.values(0), dqkv.values(1), dqkv.values(2)};
+}
+
+template <class R>
+struct Reference {
+  std::vector<Num<R>> out, lse, dquery, dkey, dvalue;
+};
+
+// Plain attention: the whole matrix of scores, then softmax, then the product; the gradients from
+// the softmax's Jacobian.
+template <class T>
+Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
+  using R = Wide<T>;
+  const int64_t rows = p.rows(), width = p.width();
+  Reference<R> ref;
+  ref.out.resize(size_t(rows * width));
+  ref.lse.resize(size_t(p.heads * rows));
+  if (gradients) {
+    ref.dquery.resize(size_t(rows * width));
+    ref.dkey.resize(size_t(rows * width));
+    ref.dvalue.resize(size_t(rows * width));
+  }
+  const Num<R> scale = rounded(R(p.scale));
+  const Num<R> keep = rounded(R(1 / (1 - p.p)));
+  int64_t first = 0;
+  for (int32_t length : p.lengths) {
+    // Running maxima move the pivot at most once for each block of keys; 16 keys are the smallest
+    // block that would make sense.
+    const R rescales = R(length / 16 + 2);
+    for (int64_t head = 0; head < p.heads; ++head) {
+      const auto at = [&](const std::vector<T>& values, int64_t row, int64_t d) {
+        return R(values[size_t((first + row) * width + head * p.size + d)]);
+      };
+      std::vector<Num<R>> probability(size_t(length) * size_t(length));  // after dropout
+      std::vector<Num<R>> softmax(probability.size());                   // before
+      for (int64_t i = 0; i < length; ++i) {
+        std::vector<Num<R>> score;
+        R top = 0, peak = -std::numeric_limits<R>::infinity(), top_error = 0;
+        for (int64_t j = 0; j < length; ++j) {
+          Sum<R> sum;
+          for (int64_t d = 0; d < p.size; ++d) sum.add_product(at(p.query, i, d), at(p.key, j, d));
+          score.push_back(sum.value() * scale);
+          top = std::max(top, std::fabs(score.back().v));
+          peak = std::max(peak, score.back().v);
+          top_error = std::max(top_error, score.back().e);
+        }
+        Sum<R> total;
+        std::vector<Num<R>> weight;
+        for (int64_t j = 0; j < length; ++j) {
+          // exp(score - pivot): the difference, a change of base, and the pivot's moves.
+          const Num<R> s = score[size_t(j)];
+          const R argument_error = s.e + 2 * top_error + 3 * (std::fabs(s.v) + 3 * top);
+          Num<R> w{s.v - peak, argument_error + (R(kFunctionError) + 1) * rescales};
+          weight.push_back(exp(w));
+          total.add(weight.back());
+        }
+        const Num<R> sum = total.value();
+        ref.lse[size_t(head * rows + first + i)] = {
+            peak + std::log(sum.v), top_error + 2 * top + sum.e / sum.v +
+                                        R(kFunctionError) * std::fabs(std::log(sum.v)) +
+                                        std::fabs(peak + std::log(sum.v)) + 3 * top};
+        for (int64_t j = 0; j < length; ++j) {
+          const size_t ij = size_t(i * length + j);
+          softmax[ij] = weight[size_t(j)] / sum;
+          probability[ij] = softmax[ij];
+          if (p.p > 0) {
+            probability[ij] =
+                keeps(p.p, kSeed, p.site, head, first + i, j) ? softmax[ij] * keep : exact(R(0));
+          }
+        }
+        for (int64_t d = 0; d < p.size; ++d) {
+          Sum<R> dot;
+          for (int64_t j = 0; j < length; ++j) {
+            dot.add_product(probability[size_t(i * length + j)], exact(at(p.value, j, d)));
+          }
+          ref.out[size_t((first + i) * width + head * p.size + d)] = dot.value();
+        }
+      }
+      if (!gradients) continue;
+      std::vector<Num<R>> dscore(probability.size());
+      for (int64_t i = 0; i < length; ++i) {
+        Sum<R> delta;
+        for (int64_t d = 0; d < p.size; ++d) {
+          const size_t id = size_t((first + i) * width + head * p.size + d);
+          delta.add_product(exact(R(p.dout[id])), rounded(ref.out[id].v));
+        }
+        const R lse_size = std::fabs(ref.lse[size_t(head * rows + first + i)].v);
+        for (int64_t j = 0; j < length; ++j) {
+          const size_t ij = size_t(i * length + j);
+          Sum<R> dot;
+          Sum<R> score;
+          for (int64_t d = 0; d < p.size; ++d) {
+            dot.add_product(at(p.dout, i, d), at(p.value, j, d));
+            score.add_product(at(p.query, i, d), at(p.key, j, d));
+          }
+          // The backward computes the probability again, from the rounded lse.
+          const Num<R> s = score.value() * scale;
+          const R v = softmax[ij].v;
+          softmax[ij].e = v * (s.e + 4 * (std::fabs(s.v) + lse_size) + R(kFunctionError));
+          if (p.p == 0) {
+            probability[ij] = softmax[ij];
+          } else if (probability[ij].v != 0) {
+            probability[ij] = softmax[ij] * keep;
+          }
+          Num<R> dprobability = dot.value();
+          if (p.p > 0) {
+            const bool kept = keeps(p.p, kSeed, p.site, head, first + i, j);
+            dprobability = kept ? dprobability * keep : exact(R(0));
+          }
+          dscore[ij] = softmax[ij] * (dprobability - delta.value()) * scale;
+        }
+      }
+      for (int64_t i = 0; i < length; ++i) {
+        for (int64_t d = 0; d < p.size; ++d) {
+          Sum<R> dq, dk, dv;
+          for (int64_t j = 0; j < length; ++j) {
+            const size_t ij = size_t(i * length + j), ji = size_t(j * length + i);
+            dq.add_product(dscore[ij], exact(at(p.key, j, d)));
+            dk.add_product(dscore[ji], exact(at(p.query, j, d)));
+            dv.add_product(probability[ji], exact(at(p.dout, j, d)));
+          }
+          const size_t id = size_t((first + i) * width + head * p.size + d);
+          ref.dquery[id] = dq.value();
+          ref.dkey[id] = dk.value();
+          ref.dvalue[id] = dv.value();
+        }
+      }
+    }
+    first += length;
+  }
+  return ref;
+}
+
+template <class T>
+void check_forward(Line& line, TableRef table, const Problem<T>& p) {
+  line.begin(p.sizes());
+  const Outputs<T> got =
+      run_on_threads(line, [&](int32_t threads) { return forward(table, p, threads); });
+  const auto ref = reference(p, false);
+  line.compare("out", got[0], ref.out);
+  if (p.need_lse) line.compare("lse", got[1], ref.lse);
+  // A sequence alone has the bits that it has in the batch. (Dropout depends on the packed row.)
+  if (p.p > 0 || p.lengths.size() < 2) return;
+  int64_t first = 0;
+  for (int32_t length : p.lengths) {
+    Problem<T> alone = p;
+    alone.lengths = {length};
+    alone.query = slice(p.query, first * p.width(), length * p.width());
+    alone.key = slice(p.key, first * p.width(), length * p.width());
+    alone.value = slice(p.value, first * p.width(), length * p.width());
+    line.same_bits("a sequence taken out of the batch", forward(table, alone, 1)[0],
+                   slice(got[0], first * p.width(), length * p.width()));
+    first += length;
+  }
+}
+
+template <class T>
+void check_backward(Line& line, TableRef table, const Problem<T>& p) {
+  line.begin(p.sizes());
+  const auto ref = reference(p, true);
+  std::vector<T> out, lse;
+  for (const auto& value : ref.out) out.push_back(T(value.v));
+  for (const auto& value : ref.lse) lse.push_back(T(value.v));
+  const Outputs<T> got =
+      run_on_threads(line, [&](int32_t threads) { return backward(table, p, out, lse, threads); });
+  line.compare("dquery", got[0], ref.dquery);
+  line.compare("dkey", got[1], ref.dkey);
+  line.compare("dvalue", got[2], ref.dvalue);
+}
+
+// Scores so large that all but the greatest vanish: the value of the greatest key comes out as it
+// is, and every number stays finite.
+template <class T>
+void check_extreme(Line& line, TableRef table, Random& random) {
+  for (const double size : {1e4, 1e18, double(std::numeric_limits<T>::max()) / 16}) {
+    Problem<T> p = make<T>(random, {70, 3}, 2, 8, 0);
+    p.need_lse = true;
+    line.begin(text("scores up to %g: ", size) + p.sizes());
+    p.scale = 1;
+    for (int64_t i = 0; i < p.rows() * p.width(); ++i) {
+      const bool leader = i % p.size == 0;
+      p.query[size_t(i)] = leader ? T(1) : T(0);
+      const int64_t row = i / p.width();
+      // Key 37 of the first sequence and key 1 of the second lead; the others go far below.
+      p.key[size_t(i)] = leader ? T(row == 37 || row == 71 ? size : -size) : T(0);
+    }
+    const Outputs<T> got = forward(table, p, 2);
+    for (int64_t i = 0; i < p.rows() * p.width(); ++i) {
+      const int64_t row = i / p.width();
+      const int64_t leader = row < 70 ? 37 : 71;
+      const T want = p.value[size_t(leader * p.width() + i % p.width())];
+      if (!CHECK(got[0][size_t(i)] == want, "out[%lld] is %g, expected the value %g", (long long)i,
+                 double(got[0][size_t(i)]), double(want))) {
+        break;
+      }
+    }
+    for (T lse : got[1]) {
+      const double difference = std::fabs(double(lse) - size);
+      if (!CHECK(difference <= 4 * std::numeric_limits<T>::epsilon() * size,
+                 "lse is %g, expected %g", double(lse), size)) {
+        break;
+      }
+    }
+    const Outputs<T> gradients = backward(table, p, got[0], got[1], 2);
+    bool finite = true;
+    for (const auto& gradient : gradients) {
+      for (T value : gradient) finite = finite && std::isfinite(value);
+    }
+    CHECK(finite, "a gradient is not finite");
+  }
+  // All scores equal: the mean of the values.
+  Problem<T> p = make<T>(random, {65}, 1, 8, 0);
+  std::fill(p.query.begin(), p.query.end(), T(0));
+  std::fill(p.value.begin(), p.value.end(), T(1));
+  line.begin("equal scores: " + p.sizes());
+  line.compare("out", forward(table, p, 1)[0], reference(p, false).out);
+}
+
+// A NaN in one sequence reaches no other; a NaN in one query row reaches no other row.
+template <class T>
+void check_nan(Line& line, TableRef table, Random& random) {
+  Problem<T> p = make<T>(random, {5, 70, 1, 9}, 2, 32, 0);
+  line.begin("NaN: " + p.sizes());
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const std::vector<T> clean = forward(table, p, 2)[0];
+  const int64_t w = p.width();
+  Problem<T> dirty = p;
+  dirty.query[size_t(40 * w)] = nan;  // head 0 of row 40
+  std::vector<T> got = forward(table, dirty, 2)[0];
+  line.same_bits("rows before a NaN query", slice(clean, 0, 40 * w), slice(got, 0, 40 * w));
+  line.same_bits("the other head of its row", slice(clean, 40 * w + 32, 45 * w - 32),
+                 slice(got, 40 * w + 32, 45 * w - 32));
+  CHECK(std::isnan(got[size_t(40 * w)]), "a NaN query gave a number");
+  for (std::vector<T>* values : {&dirty.key, &dirty.value}) {
+    dirty.query = p.query;
+    dirty.key = p.key;
+    dirty.value = p.value;
+    (*values)[size_t(40 * w + 3)] = nan;
+    got = forward(table, dirty, 2)[0];
+    line.same_bits("the sequence before a NaN", slice(clean, 0, 5 * w), slice(got, 0, 5 * w));
+    line.same_bits("the sequences behind a NaN", slice(clean, 75 * w, 10 * w),
+                   slice(got, 75 * w, 10 * w));
+    CHECK(std::isnan(got[size_t(5 * w + 3)]), "a NaN in a key or value gave a number");
+  }
+}
+
+template <class T>
+void run(TableRef table) {
+  struct Sizes {
+    std::vector<int32_t> lengths;
+    int64_t heads, size;
+    double p;
+  };
+  const std::vector<int64_t> head_sizes = {1,  2,  3,  7,  8,  9,  15, 16,  17,
+                                           31, 32, 33, 64, 65, 80, 96, 127, 128};
+  std::vector<Sizes> cases = {
+      {{}, 2, 64, 0}, {{}, 2, 64, 0.1}, {{0}, 2, 64, 0},         {{0, 0}, 1, 8, 0.5},
+      {{1}, 1, 1, 0}, {{1}, 12, 64, 0}, {{1, 1, 1}, 2, 32, 0.1}, {{0, 1, 0, 5, 0}, 2, 8, 0},
+  };
+  Random random(13);
+  const std::vector<int64_t> lengths = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49};
+  for (size_t i = 0; i < head_sizes.size(); i += options().quick ? 5 : 1) {
+    for (const double p : {0.0, 0.1}) {
+      cases.push_back({{int32_t(random.pick(lengths)), 0, int32_t(random.pick(lengths)),
+                        int32_t(random.pick(lengths))},
+                       random.between(1, 3),
+                       head_sizes[i],
+                       p});
+    }
+  }
+  const std::vector<int32_t> edges = {63, 64, 65, 95, 96, 97, 127, 128, 129, 130, 191, 192, 193};
+  for (size_t i = 0; i < edges.size(); i += options().quick ? 7 : 1) {
+    cases.push_back({{edges[i]}, 1, 32, 0});
+    cases.push_back({{3, edges[i], 1}, 1, 8, 0.3});
+  }
+  if (!options().quick) {
+    for (int64_t size : {1, 8, 32, 64, 80, 128}) {
+      cases.push_back({{0, 1, 63, 64, 65, 130}, 2, size, size == 64 ? 0.1 : 0.0});
+    }
+    cases.push_back({{130, 0, 1, 65}, 2, 64, 0.5});
+    cases.push_back({{257, 2}, 1, 16, 0});
+    cases.push_back({{33}, 2, 64, 0.99});
+  }
+  Random fuzz(options().seed);
+  for (int64_t i = 0; i < options().fuzz; ++i) {
+    Sizes s{{}, fuzz.between(1, 4), fuzz.between(1, 128), fuzz.chance(0.5) ? fuzz.uniform() : 0};
+    for (int64_t k = fuzz.between(0, 5); k > 0; --k) {
+      s.lengths.push_back(int32_t(fuzz.between(0, 90)));
+    }
+    cases.push_back(s);
+  }
+  if (selected("attention_forward")) {
+    Line line(table, dtype_name<T>(), "attention_forward");
+    for (const Sizes& s : cases) {
+      check_forward(line, table, make<T>(random, s.lengths, s.heads, s.size, s.p));
+    }
+    check_extreme<T>(line, table, random);
+    check_nan<T>(line, table, random);
+  }
+  if (selected("attention_backward")) {
+    Line line(table, dtype_name<T>(), "attention_backward");
+    for (const Sizes& s : cases) {
+      check_backward(line, table, make<T>(random, s.lengths, s.heads, s.size, s.p));
+    }
+  }
+}
+
+}  // namespace
+
+void test_attention(TableRef table) {
+  run<float>(table);
+  run<double>(table);
+}
+
+}  // namespace test

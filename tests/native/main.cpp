@@ -1,0 +1,78 @@
+// Tests of the native core without torch: every table that this processor runs, every op, forward
+// and backward, float32 and float64, against plain loops in a wider type. Exit status 1 on failure.
+//
+//   xlmr_native_tests [--quick] [--threads MOST] [--fuzz CASES] [--seed N] [--table NAME]
+//                     [--op PART-OF-NAME]
+#include <cstdlib>
+#include <cstring>
+
+#include "core/cpu_features.h"
+#include "core/dispatch.h"
+#include "harness.h"
+
+// Makes a team of three threads on any machine. Weak: a build without OpenMP has
+// no such function, and needs none.
+extern "C" __attribute__((weak)) void omp_set_num_threads(int count);
+
+namespace {
+
+int usage(const char* program) {
+  std::fprintf(stderr,
+               "usage: %s [--quick] [--threads MOST] [--fuzz CASES] [--seed N] [--table NAME] "
+               "[--op PART]\n",
+               program);
+  return 2;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  test::Options& options = test::options();
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name == "--quick") {
+      options.quick = true;
+    } else if (i + 1 == argc) {
+      return usage(argv[0]);
+    } else if (name == "--threads") {
+      options.threads = std::atoi(argv[++i]);
+    } else if (name == "--fuzz") {
+      options.fuzz = std::atoll(argv[++i]);
+    } else if (name == "--seed") {
+      options.seed = std::strtoull(argv[++i], nullptr, 10);
+    } else if (name == "--table") {
+      options.table = argv[++i];
+    } else if (name == "--op") {
+      options.op = argv[++i];
+    } else {
+      return usage(argv[0]);
+    }
+  }
+  if (omp_set_num_threads != nullptr) {
+    omp_set_num_threads(options.threads);
+  }
+
+  test::test_core();
+  int ran = 0;
+  for (const xlmr::TableInfo& info : xlmr::built_tables()) {
+    if (!options.table.empty() && options.table != info.table->name) continue;
+    const char* missing = xlmr::missing_feature(info.required, xlmr::cpu_features());
+    if (missing != nullptr) {
+      std::printf("%-10s not run: this processor has no %s\n", info.table->name, missing);
+      continue;
+    }
+    ++ran;
+    test::test_workspace(*info.table);
+    test::test_linear(*info.table);
+    test::test_feed_forward(*info.table);
+    test::test_attention(*info.table);
+    test::test_layer_norm(*info.table);
+    test::test_embedding(*info.table);
+    test::test_dropout(*info.table);
+  }
+  test::tally().context = "main";
+  CHECK(ran > 0, "no table was run");
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(test::tally().passed),
+              static_cast<long long>(test::tally().failed));
+  return test::tally().failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,188 @@
+// Workspace queries on sizes that no memory holds: they grow with the sizes and answer -1 from
+// where int64 overflows; they never wrap round to a small number.
+#include "harness.h"
+
+namespace test {
+namespace {
+
+// Queries must not follow pointers; these are not null, so that every output counts as asked for.
+template <class T>
+T* somewhere() {
+  return reinterpret_cast<T*>(uintptr_t(4096));
+}
+
+// The sizes around every power of two, ascending.
+std::vector<int64_t> growing_sizes() {
+  std::vector<int64_t> out{1, 2, 3};
+  for (int exponent = 2; exponent < 63; ++exponent) {
+    const int64_t power = int64_t(1) << exponent;
+    for (const int64_t size : {power, power + 1, power + (power - 1)}) out.push_back(size);
+  }
+  return out;
+}
+
+template <class Args>
+void check_growth(const xlmr::Op<Args>& op, Args args, const char* name,
+                  const std::vector<int64_t Args::*>& grown, const char* which) {
+  int64_t previous = 0;
+  bool overflowed = false;
+  for (const int64_t size : growing_sizes()) {
+    for (int64_t Args::* member : grown) args.*member = size;
+    xlmr::ExecContext context;
+    context.num_threads = 3;
+    const int64_t bytes = op.workspace(args, context);
+    // Half: work may be cut differently, but a wrapped product is far away.
+    const bool right = bytes == -1 || (!overflowed && bytes >= previous / 2);
+    if (!CHECK(right, "%s: %s = %lld needs %lld bytes; the size before answered %lld", name, which,
+               static_cast<long long>(size), static_cast<long long>(bytes),
+               static_cast<long long>(overflowed ? -1 : previous))) {
+      return;
+    }
+    overflowed = bytes == -1;
+    previous = bytes;
+  }
+  // Products of several such sizes cannot fit, where the op needs memory that grows at all.
+  if (grown.size() > 1) {
+    CHECK(overflowed || previous < (1 << 30), "%s: %s of 2^63 - 1 fit into %lld bytes", name, which,
+          static_cast<long long>(previous));
+  }
+}
+
+template <class Args>
+void check_op(const xlmr::Op<Args>& op, const Args& args, const char* name,
+              const std::vector<int64_t Args::*>& sizes) {
+  if (!selected(name)) return;
+  tally().context = std::string("workspace query of ") + name;
+  tally().shown = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    check_growth(op, args, name, {sizes[i]}, text("size %zu", i).c_str());
+  }
+  check_growth(op, args, name, sizes, "all sizes");
+}
+
+}  // namespace
+
+void test_workspace(TableRef table) {
+  void* data = somewhere<void>();
+  for (const xlmr::DType dtype : {xlmr::DType::float32, xlmr::DType::float64}) {
+    for (int64_t parts = 1; parts <= 3; ++parts) {
+      xlmr::LinearForward forward{};
+      forward.dtype = dtype;
+      forward.rows = forward.in_features = forward.out_features = 17;
+      forward.parts = parts;
+      forward.x = data;
+      xlmr::LinearBackward backward{};
+      backward.dtype = dtype;
+      backward.rows = backward.in_features = backward.out_features = 17;
+      backward.parts = parts;
+      backward.x = backward.dx = data;
+      for (int64_t part = 0; part < parts; ++part) {
+        forward.weight[part] = forward.bias[part] = forward.y[part] = data;
+        backward.weight[part] = backward.dy[part] = data;
+        backward.dweight[part] = backward.dbias[part] = data;
+      }
+      check_op(table.linear_forward, forward, "linear_forward",
+               {&xlmr::LinearForward::rows, &xlmr::LinearForward::in_features,
+                &xlmr::LinearForward::out_features});
+      check_op(table.linear_backward, backward, "linear_backward",
+               {&xlmr::LinearBackward::rows, &xlmr::LinearBackward::in_features,
+                &xlmr::LinearBackward::out_features});
+    }
+    {
+      using Args = xlmr::FeedForwardForward;
+      Args args{};
+      args.dtype = dtype;
+      args.activation = xlmr::Activation::gelu;
+      args.rows = args.hidden = args.inner = 17;
+      args.x = args.up_weight = args.down_weight = args.y = data;
+      for (void* pre : {static_cast<void*>(nullptr), data}) {
+        args.pre = pre;
+        check_op(table.feed_forward_forward, args, "feed_forward_forward",
+                 {&Args::rows, &Args::hidden, &Args::inner});
+      }
+    }
+    {
+      using Args = xlmr::FeedForwardBackward;
+      Args args{};
+      args.dtype = dtype;
+      args.activation = xlmr::Activation::gelu;
+      args.rows = args.hidden = args.inner = 17;
+      args.dy = args.x = args.up_weight = args.down_weight = args.pre = data;
+      args.dx = args.dup_weight = args.dup_bias = args.ddown_weight = args.ddown_bias = data;
+      for (void* dpre : {static_cast<void*>(nullptr), data}) {
+        args.dpre = dpre;
+        check_op(table.feed_forward_backward, args, "feed_forward_backward",
+                 {&Args::rows, &Args::hidden, &Args::inner});
+      }
+    }
+    {
+      using Args = xlmr::AttentionForward;
+      Args args{};
+      args.dtype = dtype;
+      args.batch = args.rows = args.num_heads = args.max_seqlen = 17;
+      args.head_size = 64;
+      args.cu_seqlens = somewhere<int32_t>();
+      args.query = args.key = args.value = args.out = args.lse = data;
+      check_op(table.attention_forward, args, "attention_forward",
+               {&Args::batch, &Args::rows, &Args::num_heads, &Args::max_seqlen});
+    }
+    {
+      using Args = xlmr::AttentionBackward;
+      Args args{};
+      args.dtype = dtype;
+      args.batch = args.rows = args.num_heads = args.max_seqlen = 17;
+      args.head_size = 64;
+      args.cu_seqlens = somewhere<int32_t>();
+      args.dout = args.query = args.key = args.value = args.out = args.lse = data;
+      args.dquery = args.dkey = args.dvalue = data;
+      check_op(table.attention_backward, args, "attention_backward",
+               {&Args::batch, &Args::rows, &Args::num_heads, &Args::max_seqlen});
+    }
+    const int64_t seed = 1;
+    const xlmr::Dropout dropout{0.1, 0, &seed};
+    {
+      using Args = xlmr::LayerNormForward;
+      Args args{};
+      args.dtype = dtype;
+      args.rows = args.hidden = 17;
+      args.dropout = dropout;
+      args.x = args.weight = args.bias = args.y = data;
+      check_op(table.layer_norm_forward, args, "layer_norm_forward", {&Args::rows, &Args::hidden});
+    }
+    {
+      using Args = xlmr::LayerNormBackward;
+      Args args{};
+      args.dtype = dtype;
+      args.rows = args.hidden = 17;
+      args.dropout = dropout;
+      args.dy = args.sum = args.mean = args.rstd = args.weight = data;
+      args.dsum = args.dx = args.dweight = args.dbias = data;
+      check_op(table.layer_norm_backward, args, "layer_norm_backward",
+               {&Args::rows, &Args::hidden});
+    }
+    {
+      using Args = xlmr::EmbeddingForward;
+      Args args{};
+      args.dtype = dtype;
+      args.rows = args.hidden = 17;
+      args.dropout = dropout;
+      args.input_ids = args.position_ids = somewhere<int64_t>();
+      args.word = args.position = args.token_type = args.weight = args.bias = args.y = data;
+      check_op(table.embedding_forward, args, "embedding_forward", {&Args::rows, &Args::hidden});
+    }
+    {
+      using Args = xlmr::EmbeddingBackward;
+      Args args{};
+      args.dtype = dtype;
+      args.rows = args.hidden = 17;
+      args.dropout = dropout;
+      args.input_ids = args.position_ids = somewhere<int64_t>();
+      args.dy = args.word = args.position = args.token_type = args.weight = data;
+      args.mean = args.rstd = args.dsum = args.dword = args.dposition = args.dtoken_type = data;
+      args.dweight = args.dbias = data;
+      check_op(table.embedding_backward, args, "embedding_backward", {&Args::rows, &Args::hidden});
+    }
+  }
+}
+
+}  // namespace test

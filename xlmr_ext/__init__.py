@@ -1,0 +1,52 @@
+"""XLM-R on compiled kernels: attention and feed-forward in C++, the model and its tools in Python.
+
+Names are resolved on first use (PEP 562), so ``import xlmr_ext`` costs little more than
+``import torch`` and never imports ``transformers``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xlmr_ext._launch import build_info
+    from xlmr_ext.configuration import XLMRobertaConfig
+    from xlmr_ext.heads import XLMRobertaForSequenceClassification
+    from xlmr_ext.modeling import XLMRobertaModel
+    from xlmr_ext.packing import PackedBatch
+    from xlmr_ext.tokenization import XLMRobertaTokenizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PackedBatch": "xlmr_ext.packing",
+    "XLMRobertaConfig": "xlmr_ext.configuration",
+    "XLMRobertaForSequenceClassification": "xlmr_ext.heads",
+    "XLMRobertaModel": "xlmr_ext.modeling",
+    "XLMRobertaTokenizer": "xlmr_ext.tokenization",
+    "build_info": "xlmr_ext._launch",
+}
+
+__all__ = [
+    "PackedBatch",
+    "XLMRobertaConfig",
+    "XLMRobertaForSequenceClassification",
+    "XLMRobertaModel",
+    "XLMRobertaTokenizer",
+    "__version__",
+    "build_info",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

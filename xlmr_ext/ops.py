@@ -1,0 +1,333 @@
+"""The raw ops ``torch.ops.xlmr_ext.*``: schema, CPU implementation and fake of each.
+
+N is the number of packed rows (tokens of all sequences, back to back). A result that was not asked
+for, or that does not exist, is returned with ``numel() == 0``. ``seed`` is a one-element int64 CPU
+tensor, or None where ``dropout_p`` is 0. None of the ops is differentiable by itself: see
+``autograd.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlmr_ext import _launch
+
+_library = torch.library.Library("xlmr_ext", "DEF")
+
+
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CPU")
+    torch.library.register_fake(f"xlmr_ext::{name}", fake, lib=_library)
+    return getattr(torch.ops.xlmr_ext, name).default
+
+
+def _linear_forward_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    addend: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], len(weights) * weights[0].shape[0]))
+
+
+# x [N, in], weights P times [out, in] (P = 1 to 3), biases none or P times [out], addend [N, out]
+# (P = 1 only, added before the activation), activation "none" or "tanh" -> [N, P * out].
+linear_forward = _define(
+    "linear_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? addend, str activation)"
+    " -> Tensor",
+    _launch.linear_forward,
+    _linear_forward_fake,
+)
+
+
+def _linear_backward_fake(
+    grad_ys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    y: Tensor | None,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, parts = grad_ys[0], len(grad_ys)
+    rows, out_features = first.shape
+    in_features = x.shape[1] if x is not None else weights[0].shape[1]
+    return (
+        first.new_empty((rows, in_features) if need_x else 0),
+        first.new_empty((parts, out_features, in_features) if need_weight else 0),
+        first.new_empty((parts, out_features) if need_bias else 0),
+        first.new_empty((rows, out_features) if activation == "tanh" else 0),
+    )
+
+
+# -> dx [N, in], dweight [P, out, in], dbias [P, out], dz [N, out] (tanh only: the addend's).
+linear_backward = _define(
+    "linear_backward(Tensor[] grad_ys, Tensor? x, Tensor[] weights, Tensor? y, str activation,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch.linear_backward,
+    _linear_backward_fake,
+)
+
+
+def _feed_forward_forward_fake(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    hidden_addend: Tensor | None,
+    addend: Tensor | None,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], up_weight.shape[0]) if save else 0)
+
+
+# x [N, hidden], up_weight [inner, hidden], down_weight [hidden, inner], hidden_addend [N, inner],
+# addend [N, hidden], activation "gelu", "gelu_tanh" or "relu" -> y [N, hidden], pre [N, inner].
+feed_forward_forward = _define(
+    "feed_forward_forward(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight,"
+    " Tensor? down_bias, Tensor? hidden_addend, Tensor? addend, str activation, bool save)"
+    " -> (Tensor, Tensor)",
+    _launch.feed_forward_forward,
+    _feed_forward_forward_fake,
+)
+
+
+def _feed_forward_backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    need_x: bool,
+    need_up_weight: bool,
+    need_up_bias: bool,
+    need_down_weight: bool,
+    need_down_bias: bool,
+    need_hidden_addend: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inner, hidden = up_weight.shape
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty((inner, hidden) if need_up_weight else 0),
+        x.new_empty(inner if need_up_bias else 0),
+        x.new_empty((hidden, inner) if need_down_weight else 0),
+        x.new_empty(hidden if need_down_bias else 0),
+        x.new_empty(pre.shape if need_hidden_addend else 0),
+    )
+
+
+# -> dx, dup_weight, dup_bias, ddown_weight, ddown_bias, dpre (the hidden addend's).
+feed_forward_backward = _define(
+    "feed_forward_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor down_weight,"
+    " Tensor pre, str activation, bool need_x, bool need_up_weight, bool need_up_bias,"
+    " bool need_down_weight, bool need_down_bias, bool need_hidden_addend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _launch.feed_forward_backward,
+    _feed_forward_backward_fake,
+)
+
+
+def _attention_forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    scale: float,
+    dropout_p: float,
+    site: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty((num_heads, query.shape[0]))
+
+
+# query, key, value [N, heads * head_size], cu_seqlens int32 [B + 1], max_seqlen at least the longest
+# sequence -> out [N, heads * head_size], lse [heads, N].
+attention_forward = _define(
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens,"
+    " SymInt max_seqlen, int num_heads, float scale, float dropout_p, int site, Tensor? seed)"
+    " -> (Tensor, Tensor)",
+    _launch.attention_forward,
+    _attention_forward_fake,
+)
+
+
+def _attention_backward_fake(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    scale: float,
+    dropout_p: float,
+    site: int,
+    seed: Tensor | None,
+) -> Tensor:
+    return query.new_empty((query.shape[0], 3, query.shape[1]))
+
+
+# -> dqkv [N, 3, heads * head_size]: the gradients of query, key and value side by side.
+attention_backward = _define(
+    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
+    " Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, int num_heads, float scale,"
+    " float dropout_p, int site, Tensor? seed) -> Tensor",
+    _launch.attention_backward,
+    _attention_backward_fake,
+)
+
+
+def _layer_norm_forward_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    site: int,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep_sum = save and (residual is not None or dropout_p > 0.0)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if keep_sum else 0),
+        x.new_empty(x.shape[0] if save else 0),
+        x.new_empty(x.shape[0] if save else 0),
+    )
+
+
+# y = LayerNorm(dropout(x) + residual): x, residual [N, hidden] -> y, sum [N, hidden], mean [N],
+# rstd [N]; sum is left out where it would equal x.
+layer_norm_forward = _define(
+    "layer_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps,"
+    " float dropout_p, int site, Tensor? seed, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch.layer_norm_forward,
+    _layer_norm_forward_fake,
+)
+
+
+def _layer_norm_backward_fake(
+    grad_y: Tensor,
+    sum: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    dropout_p: float,
+    site: int,
+    seed: Tensor | None,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = weight.shape[0]
+    return (
+        grad_y.new_empty(grad_y.shape),
+        grad_y.new_empty(grad_y.shape if dropout_p > 0.0 else 0),
+        grad_y.new_empty(hidden if need_params else 0),
+        grad_y.new_empty(hidden if need_params else 0),
+    )
+
+
+# -> dsum [N, hidden] (the residual's), dx [N, hidden] (left out where p = 0: it is dsum), dweight,
+# dbias [hidden].
+layer_norm_backward = _define(
+    "layer_norm_backward(Tensor grad_y, Tensor sum, Tensor mean, Tensor rstd, Tensor weight,"
+    " float dropout_p, int site, Tensor? seed, bool need_params)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch.layer_norm_backward,
+    _layer_norm_backward_fake,
+)
+
+
+def _embedding_forward_fake(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor | None,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    site: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = position_ids.shape[0]
+    return (
+        position.new_empty((rows, position.shape[1])),
+        position.new_empty(rows),
+        position.new_empty(rows),
+    )
+
+
+# input_ids [N] into word [V, hidden], or inputs_embeds [N, hidden]; position_ids [N]; token_type_ids
+# [N] or None (type 0) -> y [N, hidden], mean [N], rstd [N].
+embedding_forward = _define(
+    "embedding_forward(Tensor? input_ids, Tensor? inputs_embeds, Tensor position_ids,"
+    " Tensor? token_type_ids, Tensor? word, Tensor position, Tensor token_type, Tensor weight,"
+    " Tensor bias, float eps, float dropout_p, int site, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch.embedding_forward,
+    _embedding_forward_fake,
+)
+
+
+def _embedding_backward_fake(
+    grad_y: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor | None,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_idx: int,
+    dropout_p: float,
+    site: int,
+    seed: Tensor | None,
+    need_word: bool,
+    need_position: bool,
+    need_token_type: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden = position.shape[1]
+    return (
+        grad_y.new_empty(grad_y.shape),
+        grad_y.new_empty(word.shape if need_word and word is not None else 0),
+        grad_y.new_empty(position.shape if need_position else 0),
+        grad_y.new_empty(token_type.shape if need_token_type else 0),
+        grad_y.new_empty(hidden if need_params else 0),
+        grad_y.new_empty(hidden if need_params else 0),
+    )
+
+
+# -> dsum [N, hidden] (inputs_embeds'), dword, dposition, dtoken_type, dweight, dbias.
+embedding_backward = _define(
+    "embedding_backward(Tensor grad_y, Tensor? input_ids, Tensor? inputs_embeds,"
+    " Tensor position_ids, Tensor? token_type_ids, Tensor? word, Tensor position,"
+    " Tensor token_type, Tensor weight, Tensor mean, Tensor rstd, int padding_idx,"
+    " float dropout_p, int site, Tensor? seed, bool need_word, bool need_position,"
+    " bool need_token_type, bool need_params)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _launch.embedding_backward,
+    _embedding_backward_fake,
+)

@@ -1,0 +1,150 @@
+"""What fine-tuning asks of an optimiser: groups, a schedule, and a vocabulary cut to the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from xlmr_ext.heads import XLMRobertaForSequenceClassification
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay, biases and LayerNorm vectors do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_steps(total: int, ratio: float) -> int:
+    """Steps of warm-up: ``ratio`` of the total, rounded to the nearest, at least 1 if any."""
+    return min(total, max(1, round(total * ratio))) if ratio > 0 else 0
+
+
+def linear_schedule(step: int, total: int, warmup: int) -> float:
+    """Factor of the learning rate at ``step``, counted from 1.
+
+    Rises linearly to 1 at step ``warmup`` and falls linearly to 0 at step ``total + 1``, so that
+    no step of the run is taken with a rate of 0.
+    """
+    if step <= warmup:
+        return step / warmup
+    return max(0.0, (total + 1 - step) / (total + 1 - warmup))
+
+
+class NarrowVocabulary:
+    """Trains the word-embedding rows that a data set uses, in place of the whole table.
+
+    The other rows get no gradient, so AdamW would do nothing to them but decay them by
+    1 - learning rate * weight decay a step; that is done at once when the table is made whole.
+    The result is that of training the whole table up to rounding, while gradient and optimiser
+    state shrink from 250,002 rows to some thousands.
+
+    Args:
+        model: a model whose ``roberta.embeddings.word_embeddings`` is a plain trainable
+            ``torch.nn.Embedding``; see :meth:`applies`.
+        sequences: the token ids of everything that the model will be given while narrowed.
+    """
+
+    def __init__(
+        self,
+        model: XLMRobertaForSequenceClassification,
+        sequences: Sequence[Sequence[int]],
+    ) -> None:
+        self._embedding = _word_embeddings(model)
+        self._whole = _parameter(self._embedding)
+        used = [np.arange(int(model.config.pad_token_id) + 1, dtype=np.int64)]
+        used += [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+        # Sorted, and with every row up to the padding row: so padding keeps its id.
+        rows = np.unique(np.concatenate(used))
+        self._place = {int(row): place for place, row in enumerate(rows)}
+        self._rows = torch.from_numpy(rows).to(self._whole.device)
+        self._pending_decay = 1.0
+        self.weight = torch.nn.Parameter(self._whole.detach()[self._rows])
+
+    @staticmethod
+    def applies(model: XLMRobertaForSequenceClassification) -> bool:
+        """Whether the word embeddings can be swapped without anybody noticing."""
+        try:
+            embedding = _word_embeddings(model)
+        except AttributeError:
+            return False
+        # A tied weight, a hook or a parametrization would see another tensor than it expects.
+        uses = sum(
+            parameter is embedding.weight
+            for _, parameter in model.named_parameters(remove_duplicate=False)
+        )
+        hooked = embedding._forward_hooks or embedding._forward_pre_hooks
+        padding = model.config.pad_token_id
+        return (
+            type(embedding) is torch.nn.Embedding
+            and isinstance(embedding.weight, torch.nn.Parameter)
+            and embedding.weight.requires_grad
+            and embedding.max_norm is None
+            and uses == 1
+            and not hooked
+            and padding is not None
+            and 0 <= padding < embedding.num_embeddings
+        )
+
+    def ids(self, sequence: Sequence[int]) -> list[int]:
+        """Token ids as rows of the narrow table."""
+        return [self._place[token] for token in sequence]
+
+    def step(self, decay: float) -> None:
+        """Notes one optimiser step: ``decay`` is its learning rate times its weight decay."""
+        self._pending_decay *= 1.0 - decay
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The model runs on the narrow table within; then on its own, brought up to date."""
+        self._install(self.weight)
+        try:
+            yield
+        finally:
+            self.update_whole()
+            self._install(self._whole)
+
+    @contextmanager
+    def made_whole(self) -> Iterator[None]:
+        """Within :meth:`installed`: the model has its whole table, up to date, for a while."""
+        self.update_whole()
+        self._install(self._whole)
+        try:
+            yield
+        finally:
+            self._install(self.weight)
+
+    def update_whole(self) -> None:
+        """Writes the narrow table, and the decay of the other rows, into the whole one."""
+        with torch.no_grad():
+            if self._pending_decay != 1.0:
+                self._whole.mul_(self._pending_decay)
+                self._pending_decay = 1.0
+            self._whole[self._rows] = self.weight
+
+    def forget_decay(self) -> None:
+        """Drops what was noted since the table was last made whole: weights were set back."""
+        self._pending_decay = 1.0
+
+    def _install(self, weight: torch.nn.Parameter) -> None:
+        self._embedding.weight = weight
+        self._embedding.num_embeddings = weight.shape[0]
+
+
+def _word_embeddings(model: XLMRobertaForSequenceClassification) -> torch.nn.Embedding:
+    embedding: torch.nn.Embedding = model.roberta.embeddings.word_embeddings
+    return embedding
+
+
+def _parameter(embedding: torch.nn.Embedding) -> torch.nn.Parameter:
+    if not isinstance(embedding.weight, torch.nn.Parameter):
+        raise TypeError(f"the word embeddings are no parameter but {type(embedding.weight)}")
+    return embedding.weight

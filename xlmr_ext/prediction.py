@@ -1,0 +1,291 @@
+"""Labels for a stream of texts, in constant memory and in order; and evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xlmr_ext.data import LabelledTexts, check_vocabulary, encode, label_ids, packed
+
+if TYPE_CHECKING:
+    from xlmr_ext.heads import XLMRobertaForSequenceClassification
+    from xlmr_ext.tokenization import XLMRobertaTokenizer
+
+Text = str | tuple[str, str]
+
+# Bounds on what is held at once: characters of a window of texts, tokens of a batch.
+_WINDOW_CHARACTERS = 1 << 22
+_BATCH_TOKENS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one text.
+
+    Args:
+        label: the most probable label.
+        score: its probability, 0 to 1.
+        scores: probability of every label, in the order of the model's label ids.
+        text: the text as it was given.
+        pair: the second text, or None.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    text: str
+    pair: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well predictions agree with the labels of ``rows`` rows.
+
+    Args:
+        accuracy: share of rows labelled right.
+        macro_f1: see :func:`agreement`.
+        loss: mean cross entropy in nats.
+        confusion: ``confusion[gold][predicted]`` counts rows, by label id.
+        labels: the label names, by label id.
+    """
+
+    rows: int
+    accuracy: float
+    macro_f1: float
+    loss: float
+    confusion: list[list[int]]
+    labels: list[str]
+
+
+def agreement(confusion: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Accuracy and macro F1 of a confusion matrix ``[gold][predicted]``.
+
+    accuracy = sum of the diagonal / rows. F1 of a label = 2 TP / (2 TP + FP + FN), which is
+    2 TP / (rows of that label + predictions of that label); macro F1 is the plain mean over the
+    labels that occur as gold or as prediction. Both are 0 for an empty matrix.
+    """
+    rows = sum(map(sum, confusion))
+    if rows == 0:
+        return 0.0, 0.0
+    scores = []
+    for label, counts in enumerate(confusion):
+        occurrences = sum(counts) + sum(row[label] for row in confusion)
+        if occurrences:
+            scores.append(2 * counts[label] / occurrences)
+    correct = sum(confusion[label][label] for label in range(len(confusion)))
+    return correct / rows, sum(scores) / len(scores)
+
+
+def longest_input(model: XLMRobertaForSequenceClassification) -> int:
+    """Tokens that the model's position table holds, special tokens included."""
+    config = model.config
+    return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
+
+
+def classifier_labels(model: XLMRobertaForSequenceClassification) -> list[str]:
+    """Label names by id; ValueError where the model is not a single-label classifier."""
+    config = model.config
+    kind = config.problem_type
+    if kind not in (None, "single_label_classification") or config.num_labels < 2:
+        raise ValueError(
+            "the model must be a single-label classifier of at least 2 labels, got "
+            f"problem_type {kind!r} with num_labels {config.num_labels}"
+        )
+    labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"the model's labels must differ from each other, got {labels}")
+    return labels
+
+
+def check_max_length(model: XLMRobertaForSequenceClassification, max_length: int | None) -> int:
+    """``max_length`` in tokens, the model's own limit for None; ValueError beyond it."""
+    limit = longest_input(model)
+    if max_length is None:
+        return limit
+    if not 3 <= max_length <= limit:
+        raise ValueError(
+            f"max_length must be from 3 to {limit}, the tokens this model takes, got {max_length}"
+        )
+    return max_length
+
+
+def predict(
+    model: XLMRobertaForSequenceClassification,
+    tokenizer: XLMRobertaTokenizer,
+    texts: Iterable[Text],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    window: int = 1024,
+) -> Iterator[Prediction]:
+    """Labels texts as they come, in order, holding one window of them in memory.
+
+    Args:
+        texts: any iterable of texts, or of (text, second text) tuples; it is consumed lazily.
+        batch_size: most texts a batch; a batch of long texts holds fewer.
+        max_length: tokens a text is cut to; None takes the model's own limit.
+        window: texts read ahead, to be sorted by length into batches.
+
+    Raises:
+        ValueError: for a model that is not a single-label classifier, or arguments out of range.
+        TypeError: for a text that is not a str.
+        ArithmeticError: where the model answers with NaN or infinity.
+    """
+    for name, value in (("batch_size", batch_size), ("window", window)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    labels = classifier_labels(model)
+    length = check_max_length(model, max_length)
+    return _predict(model, tokenizer, texts, labels, batch_size, length, window)
+
+
+def evaluate(
+    model: XLMRobertaForSequenceClassification,
+    tokenizer: XLMRobertaTokenizer,
+    data: LabelledTexts,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> Evaluation:
+    """Accuracy, macro F1 and loss on labelled texts; the arguments are those of ``predict``."""
+    labels = classifier_labels(model)
+    gold = label_ids(data, labels)
+    sequences = encode(
+        tokenizer, data.texts, data.pairs, max_length=check_max_length(model, max_length)
+    )
+    return evaluate_ids(model, sequences, gold, labels, batch_size=batch_size)
+
+
+def evaluate_ids(
+    model: XLMRobertaForSequenceClassification,
+    sequences: Sequence[Sequence[int]],
+    gold: Sequence[int],
+    labels: list[str],
+    *,
+    batch_size: int,
+) -> Evaluation:
+    """As :func:`evaluate`, for texts that are token ids already."""
+    if not sequences:
+        raise ValueError("there is nothing to evaluate: the data has no rows")
+    logits = classify(model, sequences, batch_size=batch_size)
+    target = torch.tensor(gold, dtype=torch.int64)
+    loss = torch.nn.functional.cross_entropy(logits.double(), target)
+    confusion = [[0] * len(labels) for _ in labels]
+    for expected, predicted in zip(gold, logits.argmax(dim=-1).tolist(), strict=True):
+        confusion[expected][predicted] += 1
+    accuracy, macro_f1 = agreement(confusion)
+    return Evaluation(len(gold), accuracy, macro_f1, float(loss), confusion, labels)
+
+
+def classify(
+    model: XLMRobertaForSequenceClassification,
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+) -> torch.Tensor:
+    """Logits ``[n, num_labels]`` on the CPU for n sequences of token ids, in their order.
+
+    Runs in eval mode without autograd and leaves the model in the mode it was in.
+    ArithmeticError where a logit is not finite.
+    """
+    config = model.config
+    logits = torch.empty(len(sequences), config.num_labels)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for rows in _batches([len(ids) for ids in sequences], batch_size):
+                batch = packed(
+                    sequences, rows, pad_token_id=config.pad_token_id, device=model.device
+                )
+                logits[rows] = model(packed=batch).logits.to("cpu", torch.float32)
+    finally:
+        model.train(was_training)
+    finite = torch.isfinite(logits).all(dim=-1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ArithmeticError(
+            f"the model's answer for row {row + 1} of {len(sequences)} is not finite "
+            f"({logits[row].tolist()}): its weights are damaged, or training diverged"
+        )
+    return logits
+
+
+def _predict(
+    model: XLMRobertaForSequenceClassification,
+    tokenizer: XLMRobertaTokenizer,
+    texts: Iterable[Text],
+    labels: list[str],
+    batch_size: int,
+    max_length: int,
+    window: int,
+) -> Iterator[Prediction]:
+    for rows in _windows(texts, window):
+        first = [row[0] for row in rows]
+        second = None if rows[0][1] is None else [row[1] or "" for row in rows]
+        sequences = encode(tokenizer, first, second, max_length=max_length)
+        check_vocabulary(sequences, model.config.vocab_size)
+        logits = classify(model, sequences, batch_size=batch_size)
+        for (text, pair), row in zip(rows, logits.tolist(), strict=True):
+            yield _prediction(labels, row, text, pair)
+
+
+def _windows(texts: Iterable[Text], window: int) -> Iterator[list[tuple[str, str | None]]]:
+    """Groups of texts of bounded number and bounded size; all with a pair, or all without."""
+    rows: list[tuple[str, str | None]] = []
+    characters = 0
+    for number, text in enumerate(texts):
+        row = _row(text, number)
+        if rows and (
+            len(rows) == window
+            or characters + len(row[0]) + len(row[1] or "") > _WINDOW_CHARACTERS
+            or (row[1] is None) != (rows[0][1] is None)
+        ):
+            yield rows
+            rows, characters = [], 0
+        rows.append(row)
+        characters += len(row[0]) + len(row[1] or "")
+        if len(rows) == window:
+            yield rows
+            rows, characters = [], 0
+    if rows:
+        yield rows
+
+
+def _row(text: Any, number: int) -> tuple[str, str | None]:
+    if isinstance(text, str):
+        return text, None
+    if isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
+        return text[0], text[1]
+    raise TypeError(
+        f"text {number + 1} must be a str or a tuple of two str, got {type(text).__name__}"
+    )
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Rows by length, at most ``batch_size`` rows and a bounded number of tokens together."""
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    start = 0
+    while start < len(order):
+        # The rows are sorted, so the last one of a batch bounds the others.
+        end = min(start + batch_size, len(order))
+        while end - start > 1 and (end - start) * lengths[order[end - 1]] > _BATCH_TOKENS:
+            end -= 1
+        yield order[start:end]
+        start = end
+
+
+def _prediction(
+    labels: list[str], logits: Sequence[float], text: str, pair: str | None
+) -> Prediction:
+    # In Python's floats, a row at a time: a row's score cannot depend on the rows beside it.
+    highest = max(logits)
+    weights = [math.exp(value - highest) for value in logits]
+    total = sum(weights)
+    scores = {label: weight / total for label, weight in zip(labels, weights, strict=True)}
+    best = labels[logits.index(highest)]
+    return Prediction(best, scores[best], scores, text, pair)

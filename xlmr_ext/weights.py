@@ -1,0 +1,268 @@
+"""The weights' file: opened with suspicion, matched with a model by name and shape, written.
+
+Nothing here knows a model's class; entries are names, shapes and tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = [
+    "FILE_DTYPES",
+    "Plan",
+    "check_dtypes",
+    "match_entries",
+    "open_weights",
+    "read_shapes",
+    "read_tensors",
+    "tensors_to_save",
+    "write_weights",
+]
+
+logger = logging.getLogger(__name__)
+
+FILE_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+# 200 bytes a tensor are usual, 800 tensors are many.
+_MAX_HEADER_BYTES = 2**24
+
+# Entries that files carry and that say nothing about the model asked for.
+_HARMLESS = re.compile(
+    r"^lm_head\.|^(roberta\.)?pooler\.|(^|\.)embeddings\.(position|token_type)_ids$"
+)
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+@dataclass
+class Plan:
+    """Which entry of the file fills which entry of the model, and what stays open on both sides."""
+
+    source: dict[str, str] = field(default_factory=dict)  # name in the model -> key in the file
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    def report(self, model: str, path: Path) -> None:
+        """Logs, as warnings, what was initialised anew and what was left out."""
+        new = self.missing + [
+            f"{name} (shape in the file {list(there)}, in the model {list(here)})"
+            for name, there, here in self.mismatched
+        ]
+        if new:
+            logger.warning(
+                "%s: %d weights of %s are not in the file and are newly initialised; train the "
+                "model before you use it: %s",
+                path,
+                len(new),
+                model,
+                ", ".join(new),
+            )
+        if self.unexpected:
+            logger.warning(
+                "%s: %d entries are not part of %s and are left out: %s",
+                path,
+                len(self.unexpected),
+                model,
+                ", ".join(self.unexpected),
+            )
+
+
+def open_weights(path: Path) -> Any:
+    """Opens a safetensors file; whatever is wrong with its header ends here as a ValueError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8:
+            raise ValueError(f"{path}: not a safetensors file: it has {size} bytes")
+        if head == b"version ":
+            raise ValueError(f"{path}: a Git LFS pointer, not the file itself (git lfs pull)")
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{path}: not a whole safetensors file: it announces a header of {length} bytes "
+                f"and has {size} bytes in all"
+            )
+        header = file.read(length)
+    try:
+        json.loads(header, object_pairs_hook=_refuse_duplicates)
+        return safe_open(path, framework="pt")
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a usable safetensors file: {error}") from None
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("its header names an entry twice")
+    return result
+
+
+def read_shapes(weights: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the entries of an open file, by their keys; no data is read."""
+    return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+
+
+def match_entries(
+    expected: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    path: Path,
+    model: str,
+    prefix: str,
+    is_base: bool,
+    ignore_mismatched_sizes: bool = False,
+) -> Plan:
+    """Pairs the entries of the file with those of the model, by name and shape.
+
+    Args:
+        expected: the model's entries by name (meta tensors do).
+        shapes: the file's entries.
+        path, model: the file and the model's name, for messages.
+        prefix: what a model with a head puts before the names of its base model, dot included.
+        is_base: whether the model is the base model itself.
+        ignore_mismatched_sizes: leave out what has another shape in the file.
+
+    Raises:
+        ValueError: a shape differs, two entries are the same one, or the file holds less of the
+            model than is missing.
+    """
+    plan = Plan()
+    for key in shapes:
+        name = key
+        for old, new in _OLD_NAMES.items():
+            if name.endswith(old):
+                name = name[: -len(old)] + new
+        if name not in expected:
+            if is_base:
+                name = name.removeprefix(prefix)
+            elif prefix + name in expected:
+                name = prefix + name
+        if name in plan.source:
+            raise ValueError(f"{path}: {plan.source[name]} and {key} are both {name} of the model")
+        if name in expected:
+            plan.source[name] = key
+        elif not _HARMLESS.search(name):
+            plan.unexpected.append(key)
+
+    # A parameter with two names needs one entry.
+    entry = {id(expected[name]): key for name, key in plan.source.items()}
+    for name, tensor in expected.items():
+        if name not in plan.source:
+            if id(tensor) in entry:
+                plan.source[name] = entry[id(tensor)]
+            else:
+                plan.missing.append(name)
+        if name in plan.source:
+            there, here = shapes[plan.source[name]], tuple(tensor.shape)
+            if there != here:
+                plan.mismatched.append((name, there, here))
+                if ignore_mismatched_sizes:
+                    del plan.source[name]
+    if plan.mismatched and not ignore_mismatched_sizes:
+        listed = "; ".join(
+            f"{name}: {list(there)} in the file, {list(here)} in the model"
+            for name, there, here in plan.mismatched[:8]
+        )
+        raise ValueError(
+            f"{path}: {len(plan.mismatched)} entries have another shape than the configuration "
+            f"asks for: {listed} (ignore_mismatched_sizes=True initialises them anew)"
+        )
+    # More to make up than to read: the file is of another model, or the configuration is not its
+    # own. It also bounds what a hostile configuration can have allocated.
+    made_up = sum(expected[name].numel() for name in plan.missing)
+    read = sum(expected[name].numel() for name in plan.source)
+    if made_up > read and not plan.mismatched:
+        raise ValueError(
+            f"{path}: not the weights of this {model}: {len(plan.missing)} of its "
+            f"{len(expected)} entries are missing ({', '.join(plan.missing[:4])}, ...), and "
+            f"{len(plan.unexpected)} entries of the file are not part of it"
+            f"{': ' + ', '.join(plan.unexpected[:4]) if plan.unexpected else ''}"
+        )
+    return plan
+
+
+def check_dtypes(
+    expected: Mapping[str, Tensor], plan: Plan, weights: Any, path: Path
+) -> list[torch.dtype]:
+    """The floating types that the file's entries have; refuses what cannot be a weight."""
+    found = []
+    for name, key in plan.source.items():
+        dtype = weights.get_slice(key).get_dtype()
+        if not expected[name].is_floating_point():
+            continue
+        if dtype not in FILE_DTYPES:
+            raise ValueError(
+                f"{path}: {key} has type {dtype}; weights have {', '.join(FILE_DTYPES)} "
+                "(quantised checkpoints are not read)"
+            )
+        found.append(FILE_DTYPES[dtype])
+    return found
+
+
+def read_tensors(
+    expected: Mapping[str, Tensor], plan: Plan, weights: Any, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The file's tensors under the model's names; a parameter with two names is one object."""
+    read: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, key in plan.source.items():
+        target = expected[name]
+        if key not in read:
+            tensor: Tensor = weights.get_tensor(key)
+            tensor = tensor.to(dtype if target.is_floating_point() else target.dtype)
+            # Headers of any length exist; the kernels need elements on their own boundary.
+            if tensor.data_ptr() % tensor.element_size():
+                tensor = tensor.clone()
+            if isinstance(target, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
+            read[key] = tensor
+        tensors[name] = read[key]
+    return tensors
+
+
+def tensors_to_save(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's entries, contiguous and without shared memory, a shared parameter once."""
+    written: set[int] = set()
+    storages: set[tuple[torch.device, int]] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if entry.is_meta:
+            raise ValueError(f"{name} has no data: the model is on the meta device")
+        if id(entry) in written:
+            continue
+        written.add(id(entry))
+        tensor = entry.detach().contiguous()
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        if storage in storages:
+            tensor = tensor.clone()
+        storages.add(storage)
+        tensors[name] = tensor.cpu()
+    return tensors
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file that transformers takes for its own; OSError where it fails."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
