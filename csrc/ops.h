@@ -39,14 +39,14 @@ struct LinearForward {
   DType dtype;
   Activation activation;  // none or tanh
   int64_t rows, in_features, out_features;
-  int64_t parts;           // 1 to 3; an addend or an activation needs parts = 1
-  const void* x;           // [N, in]
+  int64_t parts;  // 1 to 3; an addend or an activation needs parts = 1
+  const void* x;  // [N, in]
   int64_t x_stride;
-  const void* weight[3];   // [out, in] each
-  const void* bias[3];     // [out] each; may be null
-  const void* addend;      // [N, out], added before the activation; may be null
+  const void* weight[3];  // [out, in] each
+  const void* bias[3];    // [out] each; may be null
+  const void* addend;     // [N, out], added before the activation; may be null
   int64_t addend_stride;
-  void* y[3];              // [N, out] each
+  void* y[3];  // [N, out] each
   int64_t y_stride;
 };
 
@@ -56,24 +56,24 @@ struct LinearBackward {
   Activation activation;
   int64_t rows, in_features, out_features;
   int64_t parts;
-  const void* dy[3];       // [N, out] each
+  const void* dy[3];  // [N, out] each
   int64_t dy_stride;
-  const void* x;           // [N, in]; may be null where no dweight is asked for
+  const void* x;  // [N, in]; may be null where no dweight is asked for
   int64_t x_stride;
-  const void* weight[3];   // [out, in]; may be null where dx is null
-  const void* y;           // [N, out] contiguous, the forward's output; null unless tanh
-  void* dx;                // [N, in] contiguous; may be null
-  void* dweight[3];        // [out, in] each; all null or all given
-  void* dbias[3];          // [out] each; may be null
-  void* dz;                // [N, out] contiguous, the gradient of the addend; null unless tanh
+  const void* weight[3];  // [out, in]; may be null where dx is null
+  const void* y;          // [N, out] contiguous, the forward's output; null unless tanh
+  void* dx;               // [N, in] contiguous; may be null
+  void* dweight[3];       // [out, in] each; all null or all given
+  void* dbias[3];         // [out] each; may be null
+  void* dz;               // [N, out] contiguous, the gradient of the addend; null unless tanh
 };
 
 // pre = x W1^T + b1 [+ hidden_addend];  y = act(pre) W2^T + b2 [+ addend].
 struct FeedForwardForward {
   DType dtype;
-  Activation activation;      // gelu, gelu_tanh or relu
+  Activation activation;  // gelu, gelu_tanh or relu
   int64_t rows, hidden, inner;
-  const void* x;              // [N, hidden]
+  const void* x;  // [N, hidden]
   int64_t x_stride;
   const void* up_weight;      // W1 [inner, hidden]
   const void* up_bias;        // [inner]; may be null
@@ -81,10 +81,10 @@ struct FeedForwardForward {
   const void* down_bias;      // [hidden]; may be null
   const void* hidden_addend;  // [N, inner]; may be null
   int64_t hidden_addend_stride;
-  const void* addend;         // [N, hidden]; may be null
+  const void* addend;  // [N, hidden]; may be null
   int64_t addend_stride;
-  void* y;                    // [N, hidden] contiguous
-  void* pre;                  // [N, inner] contiguous, kept for the backward; may be null
+  void* y;    // [N, hidden] contiguous
+  void* pre;  // [N, inner] contiguous, kept for the backward; may be null
 };
 
 // da = dy W2;  dpre = da * act'(pre);  dx = dpre W1;  dW1 = dpre^T x;  dW2 = dy^T act(pre).
@@ -93,9 +93,9 @@ struct FeedForwardBackward {
   DType dtype;
   Activation activation;
   int64_t rows, hidden, inner;
-  const void* dy;           // [N, hidden]
+  const void* dy;  // [N, hidden]
   int64_t dy_stride;
-  const void* x;            // [N, hidden]
+  const void* x;  // [N, hidden]
   int64_t x_stride;
   const void* up_weight;    // [inner, hidden]
   const void* down_weight;  // [hidden, inner]
@@ -114,19 +114,19 @@ struct FeedForwardBackward {
 struct AttentionForward {
   DType dtype;
   int64_t batch, rows, num_heads, head_size;  // head_size at most 128
-  int64_t max_seqlen;         // the longest sequence, or more
+  int64_t max_seqlen;                         // the longest sequence, or more
   const int32_t* cu_seqlens;  // [batch + 1], ascending, cu_seqlens[0] = 0, last = rows
   double scale;
-  Dropout dropout;            // on the probabilities; row = packed query row, column = key
-  const void* query;          // [N, num_heads * head_size]
+  Dropout dropout;    // on the probabilities; row = packed query row, column = key
+  const void* query;  // [N, num_heads * head_size]
   int64_t query_stride;
   const void* key;
   int64_t key_stride;
   const void* value;
   int64_t value_stride;
-  void* out;                  // [N, num_heads * head_size]
+  void* out;  // [N, num_heads * head_size]
   int64_t out_stride;
-  void* lse;                  // [num_heads, N] log sum exp of scaled scores; may be null
+  void* lse;  // [num_heads, N] log sum exp of scaled scores; may be null
 };
 
 // dV = P~^T dO;  dP~ = dO V^T;  dS = P * (mask * dP~ / (1-p) - delta);  delta = rowsum(dO * O);
@@ -138,7 +138,7 @@ struct AttentionBackward {
   const int32_t* cu_seqlens;
   double scale;
   Dropout dropout;
-  const void* dout;           // [N, num_heads * head_size]
+  const void* dout;  // [N, num_heads * head_size]
   int64_t dout_stride;
   const void* query;
   int64_t query_stride;
@@ -146,10 +146,10 @@ struct AttentionBackward {
   int64_t key_stride;
   const void* value;
   int64_t value_stride;
-  const void* out;            // the forward's
+  const void* out;  // the forward's
   int64_t out_stride;
-  const void* lse;            // the forward's, [num_heads, N]
-  void* dquery;               // [N, num_heads * head_size], all three with dqkv_stride
+  const void* lse;  // the forward's, [num_heads, N]
+  void* dquery;     // [N, num_heads * head_size], all three with dqkv_stride
   void* dkey;
   void* dvalue;
   int64_t dqkv_stride;
@@ -162,16 +162,16 @@ struct LayerNormForward {
   int64_t rows, hidden;
   double eps;
   Dropout dropout;
-  const void* x;         // [N, hidden]
+  const void* x;  // [N, hidden]
   int64_t x_stride;
   const void* residual;  // [N, hidden]; may be null
   int64_t residual_stride;
-  const void* weight;    // [hidden]
-  const void* bias;      // [hidden]
-  void* y;               // [N, hidden] contiguous
-  void* sum;             // [N, hidden] contiguous, kept for the backward; may be null
-  void* mean;            // [N]; null together with rstd
-  void* rstd;            // [N]
+  const void* weight;  // [hidden]
+  const void* bias;    // [hidden]
+  void* y;             // [N, hidden] contiguous
+  void* sum;           // [N, hidden] contiguous, kept for the backward; may be null
+  void* mean;          // [N]; null together with rstd
+  void* rstd;          // [N]
 };
 
 // With g = dy * weight and h = (sum - mean) * rstd:
@@ -181,9 +181,9 @@ struct LayerNormBackward {
   DType dtype;
   int64_t rows, hidden;
   Dropout dropout;
-  const void* dy;      // [N, hidden]
+  const void* dy;  // [N, hidden]
   int64_t dy_stride;
-  const void* sum;     // [N, hidden]
+  const void* sum;  // [N, hidden]
   int64_t sum_stride;
   const void* mean;    // [N]
   const void* rstd;    // [N]
@@ -200,8 +200,8 @@ struct EmbeddingForward {
   int64_t rows, hidden;
   double eps;
   Dropout dropout;
-  const int64_t* input_ids;       // [N]; null where inputs_embeds is given
-  const void* inputs_embeds;      // [N, hidden], instead of word rows; may be null
+  const int64_t* input_ids;   // [N]; null where inputs_embeds is given
+  const void* inputs_embeds;  // [N, hidden], instead of word rows; may be null
   int64_t inputs_embeds_stride;
   const int64_t* position_ids;    // [N]
   const int64_t* token_type_ids;  // [N]; null means type 0 everywhere
@@ -222,8 +222,8 @@ struct EmbeddingBackward {
   DType dtype;
   int64_t rows, hidden;
   Dropout dropout;
-  int64_t padding_idx;            // -1: none
-  const void* dy;                 // [N, hidden]
+  int64_t padding_idx;  // -1: none
+  const void* dy;       // [N, hidden]
   int64_t dy_stride;
   const int64_t* input_ids;
   const void* inputs_embeds;
@@ -236,12 +236,12 @@ struct EmbeddingBackward {
   const void* weight;
   const void* mean;
   const void* rstd;
-  void* dsum;                     // [N, hidden] contiguous, the gradient of inputs_embeds
-  void* dword;                    // [V, hidden] += ; may be null
-  void* dposition;                // [P, hidden] += ; may be null
-  void* dtoken_type;              // [T, hidden] += ; may be null
-  void* dweight;                  // [hidden]; null together with dbias
-  void* dbias;                    // [hidden]
+  void* dsum;         // [N, hidden] contiguous, the gradient of inputs_embeds
+  void* dword;        // [V, hidden] += ; may be null
+  void* dposition;    // [P, hidden] += ; may be null
+  void* dtoken_type;  // [T, hidden] += ; may be null
+  void* dweight;      // [hidden]; null together with dbias
+  void* dbias;        // [hidden]
 };
 
 template <class Args>

@@ -12,10 +12,10 @@ inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float3
 // What an op may use of the machine. Filled anew on every call: the thread count is
 // torch.get_num_threads() of the calling thread, the stream is torch's current one.
 struct ExecContext {
-  int32_t num_threads = 1;   // upper bound, at least 1 (CPU)
-  int32_t device = -1;       // CUDA device index, -1 for the CPU
-  void* stream = nullptr;    // cudaStream_t of the call, null on the CPU
-  void* workspace = nullptr; // at least as many bytes as the op's workspace query answered
+  int32_t num_threads = 1;    // upper bound, at least 1 (CPU)
+  int32_t device = -1;        // CUDA device index, -1 for the CPU
+  void* stream = nullptr;     // cudaStream_t of the call, null on the CPU
+  void* workspace = nullptr;  // at least as many bytes as the op's workspace query answered
 };
 
 // Null on success; otherwise a message that lives until the calling thread's next call.

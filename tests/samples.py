@@ -7,8 +7,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import xlmr_ext.ops  # noqa: F401  registers torch.ops.xlmr_ext
 from torch import Tensor
+
+import xlmr_ext.ops  # noqa: F401  registers torch.ops.xlmr_ext
 
 OPS = torch.ops.xlmr_ext
 OP_NAMES = [

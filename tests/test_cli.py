@@ -61,6 +61,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=66,
+        initializer_range=0.1,  # 0.02 is for wide models: this one would learn slowly
     )
     torch.manual_seed(0)
     XLMRobertaModel(config).save_pretrained(folder / "base")

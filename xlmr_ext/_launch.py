@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 if not sys.platform.startswith("linux"):
-    raise ImportError(
-        f"xlmr_ext runs on Linux (x86-64, aarch64) only; this is {platform.system()}"
-    )
+    raise ImportError(f"xlmr_ext runs on Linux (x86-64, aarch64) only; this is {platform.system()}")
 
 # torch first: its libgomp is then the one that the kernels share (docs/ARCHITECTURE.md, Threads).
 from xlmr_ext import _C
@@ -90,7 +88,7 @@ def _positive(op: str, **sizes: int) -> None:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """As the kernels read rows: neighbouring columns side by side, rows that do not run backwards."""
+    """As the kernels read rows: neighbouring columns side by side."""
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
@@ -657,9 +655,7 @@ def embedding_backward(
     # With inputs_embeds no word row was read, so none has a gradient.
     write_word = need_word and inputs.input_ids is not None
     dsum = position.new_empty((rows, hidden))
-    dword = (
-        word.new_zeros(word.shape) if need_word and word is not None else position.new_empty(0)
-    )
+    dword = word.new_zeros(word.shape) if need_word and word is not None else position.new_empty(0)
     dposition = position.new_zeros(position.shape if need_position else 0)
     dtoken_type = position.new_zeros(token_type.shape if need_token_type else 0)
     dweight = position.new_empty(hidden if need_params else 0)
@@ -696,7 +692,7 @@ def set_isa(name: str) -> None:
 def build_info() -> dict[str, Any]:
     """What this build is and what it runs on.
 
-    Keys: ``version``, ``python``, ``torch``, ``compiler``, ``openmp`` (the OpenMP standard, a date),
+    Keys: ``version``, ``python``, ``torch``, ``compiler``, ``openmp`` (the standard, a date),
     ``tables_built``, ``tables_usable``, ``table`` and ``table_reason`` (the kernel table in use and
     why), ``threads`` (what the next call may use), ``cuda`` (whether CUDA kernels were built).
     """

@@ -31,13 +31,17 @@ def _or_none(wanted: bool, gradient: Tensor) -> Tensor | None:
     return gradient if wanted else None
 
 
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, addend: Tensor | None, activation: str, parts: int, *params: Tensor
     ) -> Any:
         weights, biases = params[:parts], params[parts:]
-        y = ops.linear_forward(x, weights, biases, addend, activation)
+        y: Tensor = ops.linear_forward(x, weights, biases, addend, activation)
         needs = ctx.needs_input_grad
         ctx.need_x, ctx.need_addend = needs[0], needs[1]
         ctx.need_weights, ctx.need_biases = needs[4 : 4 + parts], needs[4 + parts :]
@@ -92,7 +96,7 @@ def linear(
     """
     x, addend, weight, bias = _promote(x, addend, weight, bias)  # type: ignore[assignment]
     params = (weight,) if bias is None else (weight, bias)
-    y: Tensor = _Linear.apply(x, addend, activation, 1, *params)
+    y: Tensor = _apply(_Linear, x, addend, activation, 1, *params)
     return y
 
 
@@ -110,7 +114,7 @@ def qkv_linear(
         As many tensors [N, out], views of one buffer.
     """
     x, *params = _promote(x, *weights, *(biases or ()))  # type: ignore[assignment]
-    ys: tuple[Tensor, ...] = _Linear.apply(x, None, "none", len(weights), *params)
+    ys: tuple[Tensor, ...] = _apply(_Linear, x, None, "none", len(weights), *params)
     return ys
 
 
@@ -133,7 +137,8 @@ class _FeedForward(torch.autograd.Function):
         )
         ctx.activation = activation
         ctx.save_for_backward(x, up_weight, down_weight, pre)
-        return y
+        result: Tensor = y
+        return result
 
     @staticmethod
     @once_differentiable
@@ -176,10 +181,8 @@ def feed_forward(
     Returns:
         [N, hidden].
     """
-    tensors = _promote(
-        x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend
-    )
-    y: Tensor = _FeedForward.apply(*tensors, activation)
+    tensors = _promote(x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend)
+    y: Tensor = _apply(_FeedForward, *tensors, activation)
     return y
 
 
@@ -203,7 +206,8 @@ class _Attention(torch.autograd.Function):
         )
         ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, seed)
         ctx.settings = (max_seqlen, num_heads, scale, dropout_p, site)
-        return out
+        result: Tensor = out
+        return result
 
     @staticmethod
     @once_differentiable
@@ -214,7 +218,8 @@ class _Attention(torch.autograd.Function):
             grad_out, query, key, value, out, lse, cu_seqlens, max_seqlen, num_heads, scale,
             dropout_p, site, seed,
         )  # fmt: skip
-        grads = (_or_none(n, g) for n, g in zip(ctx.needs_input_grad[:3], dqkv.unbind(1), strict=True))
+        need = ctx.needs_input_grad[:3]
+        grads = (_or_none(n, g) for n, g in zip(need, dqkv.unbind(1), strict=True))
         return (*grads, None, None, None, None, None, None, None)
 
 
@@ -250,8 +255,18 @@ def attention(
     query, key, value = _promote(query, key, value)  # type: ignore[assignment]
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1] // num_heads)
-    out: Tensor = _Attention.apply(
-        query, key, value, cu_seqlens, max_seqlen, num_heads, scale, dropout_p, site, seed
+    out: Tensor = _apply(
+        _Attention,
+        query,
+        key,
+        value,
+        cu_seqlens,
+        max_seqlen,
+        num_heads,
+        scale,
+        dropout_p,
+        site,
+        seed,
     )
     return out
 
@@ -276,7 +291,8 @@ class _ResidualLayerNorm(torch.autograd.Function):
         sum_is_x = residual is None and dropout_p == 0.0
         ctx.save_for_backward(x if sum_is_x else total, mean, rstd, weight, seed)
         ctx.settings = (dropout_p, site)
-        return y
+        result: Tensor = y
+        return result
 
     @staticmethod
     @once_differentiable
@@ -323,7 +339,7 @@ def residual_layer_norm(
         [N, hidden].
     """
     tensors = _promote(x, residual, weight, bias)
-    y: Tensor = _ResidualLayerNorm.apply(*tensors, eps, dropout_p, site, seed)
+    y: Tensor = _apply(_ResidualLayerNorm, *tensors, eps, dropout_p, site, seed)
     return y
 
 
@@ -355,7 +371,8 @@ class _Embedding(torch.autograd.Function):
             weight, mean, rstd, seed,
         )  # fmt: skip
         ctx.settings = (padding_idx, dropout_p, site)
-        return y
+        result: Tensor = y
+        return result
 
     @staticmethod
     @once_differentiable
@@ -418,8 +435,8 @@ def embedding(
     inputs_embeds, word, position, token_type, weight, bias = _promote(  # type: ignore[assignment]
         inputs_embeds, word, position, token_type, weight, bias
     )
-    y: Tensor = _Embedding.apply(
-        input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type,
-        weight, bias, eps, padding_idx, dropout_p, site, seed,
+    y: Tensor = _apply(
+        _Embedding, input_ids, inputs_embeds, position_ids, token_type_ids, word, position,
+        token_type, weight, bias, eps, padding_idx, dropout_p, site, seed,
     )  # fmt: skip
     return y

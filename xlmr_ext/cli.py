@@ -169,6 +169,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
         max_grad_norm=arguments.max_grad_norm,
         max_length=arguments.max_length,
         seed=arguments.seed,
+        bucket_batches=arguments.bucket_batches,
         on_epoch=lambda record: _print_epoch(record, arguments.epochs),
     )
     print(

@@ -104,7 +104,8 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
             return self._cross_entropy(logits, labels.reshape(-1), batch)
         if labels.numel() != logits.numel():
             raise ValueError(
-                f"labels have shape {list(labels.shape)}; expected {list(logits.shape)} for {problem}"
+                f"labels have shape {list(labels.shape)}; expected {list(logits.shape)} for "
+                f"{problem}"
             )
         targets = labels.reshape(logits.shape)
         if problem == "regression":
@@ -121,7 +122,9 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
             # -100 is torch's mark for "does not count".
             if (low < 0 and low != -100) or high >= self.num_labels:
                 came = high if high >= self.num_labels else low
-                raise ValueError(f"labels hold {came}; expected 0 to {self.num_labels - 1}, or -100")
+                raise ValueError(
+                    f"labels hold {came}; expected 0 to {self.num_labels - 1}, or -100"
+                )
         return F.cross_entropy(logits, labels.long())
 
 

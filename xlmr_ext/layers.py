@@ -1,4 +1,4 @@
-"""The blocks of the encoder: Hugging Face's parameter names over the fused functions of autograd.py.
+"""The blocks of the encoder: Hugging Face's parameter names over autograd.py's fused functions.
 
 Inside, hidden states are packed rows [N, hidden]. A block calls its fused function only while every
 module that it would bypass is plain; where one has a hook, a parametrization, or was replaced (PEFT

@@ -148,7 +148,9 @@ class XLMRobertaModel(PreTrainedModel):
         if packed is not None:
             given = [name for name, value in padded.items() if value is not None]
             if given:
-                raise ValueError(f"packed came together with {', '.join(given)}; give one or the other")
+                raise ValueError(
+                    f"packed came together with {', '.join(given)}; give one or the other"
+                )
             return EncoderInput(
                 packed.input_ids,
                 None,
@@ -158,10 +160,13 @@ class XLMRobertaModel(PreTrainedModel):
                 packed.max_seqlen,
                 None,
             )
-        return self._pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        batch: EncoderInput = self._pack(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        )
+        return batch
 
     # Packing reads sizes from the data; a compiled model breaks its graph here, once.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pack(
         self,
         input_ids: Tensor | None,
@@ -183,8 +188,8 @@ class XLMRobertaModel(PreTrainedModel):
             _tensor("inputs_embeds", inputs_embeds, self.device)
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
                 raise ValueError(
-                    f"inputs_embeds has shape {list(inputs_embeds.shape)}; expected [batch, length, "
-                    f"{config.hidden_size}]"
+                    f"inputs_embeds has shape {list(inputs_embeds.shape)}; expected [batch, "
+                    f"length, {config.hidden_size}]"
                 )
             shape = tuple(inputs_embeds.shape[:2])
         longest = config.max_position_embeddings - config.pad_token_id - 1
@@ -238,9 +243,7 @@ def _tensor(name: str, value: Any, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}; the model is on {device}")
 
 
-def _integers(
-    name: str, value: Any, shape: tuple[int, ...] | None, device: torch.device
-) -> Tensor:
+def _integers(name: str, value: Any, shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
     """As int64 [B, S]; [1, S] is expanded where a shape is given."""
     _tensor(name, value, device)
     if value.dtype not in _INTEGERS:
@@ -270,7 +273,8 @@ def _mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
     _tensor("attention_mask", mask, device)
     if tuple(mask.shape) != shape:
         raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}; expected {list(shape)}, one value per token"
+            f"attention_mask has shape {list(mask.shape)}; expected {list(shape)}, one value per "
+            f"token"
         )
     checked: Tensor = mask
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):

@@ -153,8 +153,8 @@ def _attention_forward_fake(
     return query.new_empty(query.shape), query.new_empty((num_heads, query.shape[0]))
 
 
-# query, key, value [N, heads * head_size], cu_seqlens int32 [B + 1], max_seqlen at least the longest
-# sequence -> out [N, heads * head_size], lse [heads, N].
+# query, key, value [N, heads * head_size], cu_seqlens int32 [B + 1], max_seqlen at least the
+# longest sequence -> out [N, heads * head_size], lse [heads, N].
 attention_forward = _define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens,"
     " SymInt max_seqlen, int num_heads, float scale, float dropout_p, int site, Tensor? seed)"
@@ -276,8 +276,8 @@ def _embedding_forward_fake(
     )
 
 
-# input_ids [N] into word [V, hidden], or inputs_embeds [N, hidden]; position_ids [N]; token_type_ids
-# [N] or None (type 0) -> y [N, hidden], mean [N], rstd [N].
+# input_ids [N] into word [V, hidden], or inputs_embeds [N, hidden]; position_ids [N];
+# token_type_ids [N] or None (type 0) -> y [N, hidden], mean [N], rstd [N].
 embedding_forward = _define(
     "embedding_forward(Tensor? input_ids, Tensor? inputs_embeds, Tensor position_ids,"
     " Tensor? token_type_ids, Tensor? word, Tensor position, Tensor token_type, Tensor weight,"

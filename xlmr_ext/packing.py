@@ -103,7 +103,7 @@ class Kept:
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, like: Tensor) -> Kept:
-        """From a mask [B, S] of 1 (token) and 0, or None for no padding; ``like`` is [B, S, ...]."""
+        """From a mask [B, S] of 1 (token) and 0, or None: all 1; ``like`` is [B, S, ...]."""
         batch, length = like.shape[:2]
         if attention_mask is None:
             indices = torch.arange(batch * length, device=like.device)
@@ -121,12 +121,9 @@ class Kept:
 
     def padded(self, rows: Tensor) -> Tensor:
         """[N, ...] to [B, S, ...], zero where there is no token."""
-        shape = (self.batch * self.length, *rows.shape[1:])
-        return (
-            rows.new_zeros(shape)
-            .index_copy(0, self.indices, rows)
-            .unflatten(0, (self.batch, self.length))
-        )
+        flat = rows.new_zeros((self.batch * self.length, *rows.shape[1:]))
+        flat = flat.index_copy(0, self.indices, rows)
+        return flat.reshape(self.batch, self.length, *rows.shape[1:])
 
 
 def cumulative(lengths: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def vocabulary_file(name_or_dir: str | os.PathLike[str], **hub: Any) -> Iterator
         except OSError as error:
             raise type(error)(f"{error}. Nor is there a tokenizer.json, which would do") from error
     path = found["tokenizer.json"]
-    from xlmr_ext.demo.vocabulary import write_sentencepiece_model
+    from xlmr_ext.vocabulary import write_sentencepiece_model
 
     added = [_text(token) for token in _read_json(path).get("added_tokens") or ()]
     _refuse_added(path, added)

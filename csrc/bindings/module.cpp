@@ -35,7 +35,7 @@ void pointers(const std::vector<Address>& from, P (&to)[3]) {
 }
 
 template <class Args>
-int64_t execute(xlmr::Op<Args> KernelTable::*op, const Args& args, int32_t num_threads,
+int64_t execute(xlmr::Op<Args> KernelTable::* op, const Args& args, int32_t num_threads,
                 Address workspace, int64_t workspace_bytes) {
   py::gil_scoped_release unlocked;
   const xlmr::Op<Args>& kernel = xlmr::active().table->*op;
@@ -104,11 +104,11 @@ int64_t linear_backward(int dtype, int activation, int64_t rows, int64_t in_feat
   return XLMR_EXECUTE(linear_backward);
 }
 
-int64_t feed_forward_forward(int dtype, int activation, int64_t rows, int64_t hidden,
-                             int64_t inner, Address x, int64_t x_stride, Address up_weight,
-                             Address up_bias, Address down_weight, Address down_bias,
-                             Address hidden_addend, int64_t hidden_addend_stride, Address addend,
-                             int64_t addend_stride, Address y, Address pre, XLMR_TAIL) {
+int64_t feed_forward_forward(int dtype, int activation, int64_t rows, int64_t hidden, int64_t inner,
+                             Address x, int64_t x_stride, Address up_weight, Address up_bias,
+                             Address down_weight, Address down_bias, Address hidden_addend,
+                             int64_t hidden_addend_stride, Address addend, int64_t addend_stride,
+                             Address y, Address pre, XLMR_TAIL) {
   xlmr::FeedForwardForward a{};
   a.dtype = static_cast<xlmr::DType>(dtype);
   a.activation = static_cast<xlmr::Activation>(activation);
@@ -132,8 +132,8 @@ int64_t feed_forward_forward(int dtype, int activation, int64_t rows, int64_t hi
 
 int64_t feed_forward_backward(int dtype, int activation, int64_t rows, int64_t hidden,
                               int64_t inner, Address dy, int64_t dy_stride, Address x,
-                              int64_t x_stride, Address up_weight, Address down_weight,
-                              Address pre, Address dx, Address dup_weight, Address dup_bias,
+                              int64_t x_stride, Address up_weight, Address down_weight, Address pre,
+                              Address dx, Address dup_weight, Address dup_bias,
                               Address ddown_weight, Address ddown_bias, Address dpre, XLMR_TAIL) {
   xlmr::FeedForwardBackward a{};
   a.dtype = static_cast<xlmr::DType>(dtype);
@@ -159,10 +159,9 @@ int64_t feed_forward_backward(int dtype, int activation, int64_t rows, int64_t h
 
 int64_t attention_forward(int dtype, int64_t batch, int64_t rows, int64_t num_heads,
                           int64_t head_size, int64_t max_seqlen, Address cu_seqlens, double scale,
-                          double p, int64_t site, Address seed, Address query,
-                          int64_t query_stride, Address key, int64_t key_stride, Address value,
-                          int64_t value_stride, Address out, int64_t out_stride, Address lse,
-                          XLMR_TAIL) {
+                          double p, int64_t site, Address seed, Address query, int64_t query_stride,
+                          Address key, int64_t key_stride, Address value, int64_t value_stride,
+                          Address out, int64_t out_stride, Address lse, XLMR_TAIL) {
   xlmr::AttentionForward a{};
   a.dtype = static_cast<xlmr::DType>(dtype);
   a.batch = batch;
@@ -187,11 +186,11 @@ int64_t attention_forward(int dtype, int64_t batch, int64_t rows, int64_t num_he
 
 int64_t attention_backward(int dtype, int64_t batch, int64_t rows, int64_t num_heads,
                            int64_t head_size, int64_t max_seqlen, Address cu_seqlens, double scale,
-                           double p, int64_t site, Address seed, Address dout,
-                           int64_t dout_stride, Address query, int64_t query_stride, Address key,
-                           int64_t key_stride, Address value, int64_t value_stride, Address out,
-                           int64_t out_stride, Address lse, Address dquery, Address dkey,
-                           Address dvalue, int64_t dqkv_stride, XLMR_TAIL) {
+                           double p, int64_t site, Address seed, Address dout, int64_t dout_stride,
+                           Address query, int64_t query_stride, Address key, int64_t key_stride,
+                           Address value, int64_t value_stride, Address out, int64_t out_stride,
+                           Address lse, Address dquery, Address dkey, Address dvalue,
+                           int64_t dqkv_stride, XLMR_TAIL) {
   xlmr::AttentionBackward a{};
   a.dtype = static_cast<xlmr::DType>(dtype);
   a.batch = batch;

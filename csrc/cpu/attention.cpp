@@ -116,11 +116,11 @@ struct AttentionForwardKernel {
     pack_b<T>({key, 1, a.key_stride}, d, length, k_packed);
     pack_b<T>({value, a.value_stride, 1}, length, d, v_packed);
 
-    T* scores = scratch + thread * per_thread;             // [kQueries, kKeysPadded]
-    T* acc = scores + kQueries * kKeysPadded;              // [kQueries, padded_size]
-    T* running_max = acc + kQueries * padded_size;         // [kQueries]
+    T* scores = scratch + thread * per_thread;      // [kQueries, kKeysPadded]
+    T* acc = scores + kQueries * kKeysPadded;       // [kQueries, padded_size]
+    T* running_max = acc + kQueries * padded_size;  // [kQueries]
     T* running_sum = running_max + kQueries;
-    T* mask = running_sum + kQueries;                      // [kKeysPadded]
+    T* mask = running_sum + kQueries;  // [kKeysPadded]
     const DropoutMask<T> dropout(a.dropout);
 
     for (int64_t q = 0; q < length; q += kQueries) {
@@ -133,8 +133,8 @@ struct AttentionForwardKernel {
       for (int64_t k = 0; k < length; k += kKeys) {
         const int64_t keys = min_of(kKeys, length - k);
         multiply<ALayout::row_major>(false, rows, keys, d, query + q * a.query_stride,
-                                            a.query_stride, k_packed + k * d, NR * d, scores,
-                                            kKeysPadded, static_cast<T>(a.scale));
+                                     a.query_stride, k_packed + k * d, NR * d, scores, kKeysPadded,
+                                     static_cast<T>(a.scale));
         for (int64_t i = 0; i < rows; ++i) {
           T* row = scores + i * kKeysPadded;
           const T rescale = softmax_step(keys, row, running_max[i], running_sum[i]);
@@ -153,7 +153,7 @@ struct AttentionForwardKernel {
           }
         }
         multiply<ALayout::row_major>(true, rows, d, keys, scores, kKeysPadded, v_packed + k * NR,
-                                           NR * length, acc, padded_size, T(1));
+                                     NR * length, acc, padded_size, T(1));
       }
       for (int64_t i = 0; i < rows; ++i) {
         T* out = static_cast<T*>(a.out) + (first + q + i) * a.out_stride + at;
@@ -255,19 +255,23 @@ struct AttentionBackwardKernel {
     pack_b<T>({value, 1, a.value_stride}, d, length, v_t);
     pack_b<T>({key, a.key_stride, 1}, length, d, k_packed);
 
-    T* probs = scratch + thread * per_thread;      // [kQueries, kKeysPadded]
-    T* dscores = probs + kQueries * kKeysPadded;   // the same
-    T* delta = dscores + kQueries * kKeysPadded;   // [kQueries]
-    T* mask = delta + kQueries;                    // [kKeysPadded]
+    T* probs = scratch + thread * per_thread;     // [kQueries, kKeysPadded]
+    T* dscores = probs + kQueries * kKeysPadded;  // the same
+    T* delta = dscores + kQueries * kKeysPadded;  // [kQueries]
+    T* mask = delta + kQueries;                   // [kKeysPadded]
     const DropoutMask<T> dropout(a.dropout);
     const T scale = static_cast<T>(a.scale);
+    // delta = rowsum(dO * O) = rowsum(P * dP). In the second form dP's own error cancels where one
+    // probability is near 1, and dividing by rowsum(P) = 1 takes out what rounding lse did to P;
+    // it needs all keys of a row at once.
+    const bool whole = length <= kKeys;
 
     for (int64_t q = 0; q < length; q += kQueries) {
       const int64_t rows = min_of(kQueries, length - q);
       const T* dout_q = dout + q * a.dout_stride;
       pack_b<T>({query + q * a.query_stride, a.query_stride, 1}, rows, d, q_packed);
       pack_b<T>({dout_q, a.dout_stride, 1}, rows, d, dout_packed);
-      for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t i = 0; i < rows && !whole; ++i) {
         delta[i] = sum_row<T>(d, [&](int64_t j, int64_t lanes) {
           return load_lanes(dout_q + i * a.dout_stride + j, lanes) *
                  load_lanes(out + (q + i) * a.out_stride + j, lanes);
@@ -276,26 +280,33 @@ struct AttentionBackwardKernel {
       for (int64_t k = 0; k < length; k += kKeys) {
         const int64_t keys = min_of(kKeys, length - k);
         multiply<ALayout::row_major>(false, rows, keys, d, query + q * a.query_stride,
-                                            a.query_stride, k_t + k * d, NR * d, probs,
-                                            kKeysPadded, scale);
+                                     a.query_stride, k_t + k * d, NR * d, probs, kKeysPadded,
+                                     scale);
         multiply<ALayout::row_major>(false, rows, keys, d, dout_q, a.dout_stride, v_t + k * d,
-                                            NR * d, dscores, kKeysPadded, T(1));
+                                     NR * d, dscores, kKeysPadded, T(1));
         for (int64_t i = 0; i < rows; ++i) {
           T* p_row = probs + i * kKeysPadded;
           T* ds_row = dscores + i * kKeysPadded;
-          const Vec<T> shift(lse[q + i]), minus(delta[i]), scale_v(scale);
+          const Vec<T> shift(lse[q + i]), scale_v(scale);
           if (dropout.on()) dropout.row(head, first + q + i, k, keys, mask);
+          const auto mask_at = [&](int64_t j, int64_t lanes) {
+            return dropout.on() ? load_lanes(mask + j, lanes) : Vec<T>(T(1));
+          };
+          const T sum_p = sum_row<T>(keys, [&](int64_t j, int64_t lanes) {
+            const Vec<T> p = exp(load_lanes(p_row + j, lanes) - shift);
+            store_lanes(p_row + j, p, lanes);
+            return load_lanes(p_row + j, lanes);  // 0 in the lanes behind the row
+          });
+          const T sum_p_dp = sum_row<T>(keys, [&](int64_t j, int64_t lanes) {
+            const Vec<T> dp = load_lanes(ds_row + j, lanes) * mask_at(j, lanes);
+            store_lanes(ds_row + j, dp, lanes);
+            return load_lanes(p_row + j, lanes) * dp;
+          });
+          const Vec<T> minus(whole ? sum_p_dp / sum_p : delta[i]);
           for_row<T>(keys, [&](int64_t j, int64_t lanes) {
-            Vec<T> p = exp(load_lanes(p_row + j, lanes) - shift);
-            Vec<T> dp = load_lanes(ds_row + j, lanes);
-            Vec<T> dropped = p;
-            if (dropout.on()) {
-              const Vec<T> m = load_lanes(mask + j, lanes);
-              dropped = p * m;
-              dp = dp * m;
-            }
-            store_lanes(ds_row + j, p * (dp - minus) * scale_v, lanes);
-            store_lanes(p_row + j, dropped, lanes);
+            const Vec<T> p = load_lanes(p_row + j, lanes);
+            store_lanes(ds_row + j, p * (load_lanes(ds_row + j, lanes) - minus) * scale_v, lanes);
+            store_lanes(p_row + j, p * mask_at(j, lanes), lanes);
           });
         }
         T* dkey_k = dkey + k * a.dqkv_stride;

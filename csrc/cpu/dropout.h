@@ -48,8 +48,8 @@ class DropoutMask {
     }
   }
 
-  static constexpr int kCounters = 8;            // side by side, for the compiler to vectorise
-  static constexpr int kGroup = 4 * kCounters;   // columns they serve
+  static constexpr int kCounters = 8;           // side by side, for the compiler to vectorise
+  static constexpr int kGroup = 4 * kCounters;  // columns they serve
 
  private:
   bool on_;

@@ -8,10 +8,9 @@ namespace {
 // The three tables' sum for one row; Args is EmbeddingForward or EmbeddingBackward.
 template <class T, class Args>
 XLMR_INLINE void gather_row(const Args& a, int64_t row, T* sum) {
-  const T* word =
-      a.inputs_embeds != nullptr
-          ? static_cast<const T*>(a.inputs_embeds) + row * a.inputs_embeds_stride
-          : static_cast<const T*>(a.word) + a.input_ids[row] * a.hidden;
+  const T* word = a.inputs_embeds != nullptr
+                      ? static_cast<const T*>(a.inputs_embeds) + row * a.inputs_embeds_stride
+                      : static_cast<const T*>(a.word) + a.input_ids[row] * a.hidden;
   const T* position = static_cast<const T*>(a.position) + a.position_ids[row] * a.hidden;
   const int64_t type = a.token_type_ids != nullptr ? a.token_type_ids[row] : 0;
   const T* token_type = static_cast<const T*>(a.token_type) + type * a.hidden;

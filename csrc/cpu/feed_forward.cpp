@@ -35,43 +35,39 @@ struct FeedForwardForwardKernel {
     const T* hidden_addend = static_cast<const T*>(a.hidden_addend);
     const T* addend = static_cast<const T*>(a.addend);
     T* pre = static_cast<T*>(a.pre);
-    const Product<T> up = {
-        rows,
-        a.inner,
-        1,
-        {{{static_cast<const T*>(a.x) + first * a.x_stride, a.x_stride, 1},
-          {static_cast<const T*>(a.up_weight), 1, a.hidden},
-          a.hidden}},
-        activated,
-        a.inner};
+    const Product<T> up = {rows,
+                           a.inner,
+                           1,
+                           {{{static_cast<const T*>(a.x) + first * a.x_stride, a.x_stride, 1},
+                             {static_cast<const T*>(a.up_weight), 1, a.hidden},
+                             a.hidden}},
+                           activated,
+                           a.inner};
     with_feed_forward_activation(a.activation, [&](auto activation) {
-      gemm(ctx, up_space, &up, 1,
-           [&](int, Vec<T> z, int64_t row, int64_t column, int64_t lanes) {
-             row += first;
-             if (up_bias != nullptr) z = z + load_lanes(up_bias + column, lanes);
-             if (hidden_addend != nullptr) {
-               z = z + load_lanes(hidden_addend + row * a.hidden_addend_stride + column, lanes);
-             }
-             if (pre != nullptr) store_lanes(pre + row * a.inner + column, z, lanes);
-             return activate<decltype(activation)::value>(z);
-           });
+      gemm(ctx, up_space, &up, 1, [&](int, Vec<T> z, int64_t row, int64_t column, int64_t lanes) {
+        row += first;
+        if (up_bias != nullptr) z = z + load_lanes(up_bias + column, lanes);
+        if (hidden_addend != nullptr) {
+          z = z + load_lanes(hidden_addend + row * a.hidden_addend_stride + column, lanes);
+        }
+        if (pre != nullptr) store_lanes(pre + row * a.inner + column, z, lanes);
+        return activate<decltype(activation)::value>(z);
+      });
     });
-    const Product<T> down = {rows,
-                             a.hidden,
-                             1,
-                             {{{activated, a.inner, 1},
-                               {static_cast<const T*>(a.down_weight), 1, a.inner},
-                               a.inner}},
-                             static_cast<T*>(a.y) + first * a.hidden,
-                             a.hidden};
-    gemm(ctx, down_space, &down, 1,
-         [&](int, Vec<T> y, int64_t row, int64_t column, int64_t lanes) {
-           if (down_bias != nullptr) y = y + load_lanes(down_bias + column, lanes);
-           if (addend != nullptr) {
-             y = y + load_lanes(addend + (first + row) * a.addend_stride + column, lanes);
-           }
-           return y;
-         });
+    const Product<T> down = {
+        rows,
+        a.hidden,
+        1,
+        {{{activated, a.inner, 1}, {static_cast<const T*>(a.down_weight), 1, a.inner}, a.inner}},
+        static_cast<T*>(a.y) + first * a.hidden,
+        a.hidden};
+    gemm(ctx, down_space, &down, 1, [&](int, Vec<T> y, int64_t row, int64_t column, int64_t lanes) {
+      if (down_bias != nullptr) y = y + load_lanes(down_bias + column, lanes);
+      if (addend != nullptr) {
+        y = y + load_lanes(addend + (first + row) * a.addend_stride + column, lanes);
+      }
+      return y;
+    });
   }
 };
 
@@ -116,11 +112,13 @@ struct FeedForwardBackwardKernel {
     const MatrixView<T> dz_view{dz, a.inner, 1};
     if (a.dx != nullptr) {
       const Product<T> product = {
-          a.rows,   a.hidden, 1, {{dz_view, {static_cast<const T*>(a.up_weight), a.hidden, 1},
-                                   a.inner}},
-          static_cast<T*>(a.dx), a.hidden};
-      gemm(ctx, dx_space, &product, 1,
-           [](int, Vec<T> v, int64_t, int64_t, int64_t) { return v; });
+          a.rows,
+          a.hidden,
+          1,
+          {{dz_view, {static_cast<const T*>(a.up_weight), a.hidden, 1}, a.inner}},
+          static_cast<T*>(a.dx),
+          a.hidden};
+      gemm(ctx, dx_space, &product, 1, [](int, Vec<T> v, int64_t, int64_t, int64_t) { return v; });
     }
     if (a.dup_weight != nullptr) {
       weight_gradient(ctx, dup_space, a.rows, dz_view, a.inner, x, a.hidden,

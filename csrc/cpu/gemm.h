@@ -20,9 +20,9 @@ struct Tile {
   static constexpr int kColumns = kVectors * Vec<T>::size;  // NR
 };
 
-constexpr int64_t kBlockK = 256;          // a panel of B (16 KiB in float32) stays in L1
-constexpr int64_t kBlockPanels = 6;       // panels of B in one task: 96 KiB, in L2
-constexpr int64_t kPackBytes = 8 << 20;   // packed A, all threads together: in L3
+constexpr int64_t kBlockK = 256;         // a panel of B (16 KiB in float32) stays in L1
+constexpr int64_t kBlockPanels = 6;      // panels of B in one task: 96 KiB, in L2
+constexpr int64_t kPackBytes = 8 << 20;  // packed A, all threads together: in L3
 
 // Element (i, j) of a matrix is data[i * row + j * column].
 template <class T>
@@ -187,16 +187,16 @@ struct Product {
 // The workspace of gemm() for products of up to `rows` rows and `k` steps.
 template <class T>
 struct GemmSpace {
-  T* a;                 // one chunk of rows, packed
-  int64_t chunk_rows;   // a multiple of MR
-  T* b;                 // per thread
+  T* a;                // one chunk of rows, packed
+  int64_t chunk_rows;  // a multiple of MR
+  T* b;                // per thread
   int64_t b_per_thread;
 
   GemmSpace(Workspace& space, const ExecContext& ctx, int64_t rows, int64_t k) {
     constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
     const int64_t fitting = kPackBytes / static_cast<int64_t>(sizeof(T)) / max_of<int64_t>(k, 1);
-    chunk_rows = min_of(round_up(max_of<int64_t>(rows, 1), MR),
-                        max_of<int64_t>(fitting / MR * MR, 32 * MR));
+    chunk_rows =
+        min_of(round_up(max_of<int64_t>(rows, 1), MR), max_of<int64_t>(fitting / MR * MR, 32 * MR));
     a = space.take<T>(chunk_rows, max_of<int64_t>(k, 1));
     b_per_thread = kBlockPanels * NR * kBlockK;
     b = space.take<T>(b_per_thread, ctx.num_threads);
@@ -300,8 +300,8 @@ void weight_gradient(const ExecContext& ctx, const GemmSpace<T>& space, int64_t 
                      MatrixView<T> dz, int64_t out_features, MatrixView<T> x, int64_t in_features,
                      T* dweight) {
   if (rows == 0) return fill_zero(dweight, out_features * in_features);
-  const Product<T> product = {
-      out_features, in_features, 1, {{dz.transposed(), x, rows}}, dweight, in_features};
+  const Product<T> product = {out_features, in_features, 1, {{dz.transposed(), x, rows}},
+                              dweight,      in_features};
   gemm(ctx, space, &product, 1, [](int, Vec<T> v, int64_t, int64_t, int64_t) { return v; });
 }
 

@@ -7,7 +7,7 @@
 
 namespace xlmr::XLMR_ISA {
 
-#define XLMR_DECLARE_OP(name, Args)                             \
+#define XLMR_DECLARE_OP(name, Args)                                   \
   int64_t name##_workspace(const Args& args, const ExecContext& ctx); \
   Status name(const Args& args, const ExecContext& ctx)
 
@@ -28,22 +28,22 @@ XLMR_DECLARE_OP(embedding_backward, EmbeddingBackward);
 
 // Defines an op from a template `Kernel<T>` with a constructor (Workspace&, args, ctx), which lays
 // out the workspace, and a method run(args, ctx). The query and the run share the constructor.
-#define XLMR_DEFINE_OP(name, Args, Kernel)                                 \
-  int64_t name##_workspace(const Args& args, const ExecContext& ctx) {     \
-    Workspace space(nullptr);                                              \
-    if (args.dtype == DType::float32) {                                    \
-      (void)Kernel<float>(space, args, ctx);                               \
-    } else {                                                               \
-      (void)Kernel<double>(space, args, ctx);                              \
-    }                                                                      \
-    return space.total();                                                  \
-  }                                                                        \
-  Status name(const Args& args, const ExecContext& ctx) {                  \
-    Workspace space(ctx.workspace);                                        \
-    if (args.dtype == DType::float32) {                                    \
-      Kernel<float>(space, args, ctx).run(args, ctx);                      \
-    } else {                                                               \
-      Kernel<double>(space, args, ctx).run(args, ctx);                     \
-    }                                                                      \
-    return nullptr;                                                        \
+#define XLMR_DEFINE_OP(name, Args, Kernel)                             \
+  int64_t name##_workspace(const Args& args, const ExecContext& ctx) { \
+    Workspace space(nullptr);                                          \
+    if (args.dtype == DType::float32) {                                \
+      (void)Kernel<float>(space, args, ctx);                           \
+    } else {                                                           \
+      (void)Kernel<double>(space, args, ctx);                          \
+    }                                                                  \
+    return space.total();                                              \
+  }                                                                    \
+  Status name(const Args& args, const ExecContext& ctx) {              \
+    Workspace space(ctx.workspace);                                    \
+    if (args.dtype == DType::float32) {                                \
+      Kernel<float>(space, args, ctx).run(args, ctx);                  \
+    } else {                                                           \
+      Kernel<double>(space, args, ctx).run(args, ctx);                 \
+    }                                                                  \
+    return nullptr;                                                    \
   }

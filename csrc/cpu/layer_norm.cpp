@@ -26,8 +26,8 @@ struct LayerNormForwardKernel {
         const T* residual = static_cast<const T*>(a.residual);
         const T* normalized = x;
         if (residual != nullptr || dropout.on()) {
-          T* s = a.sum != nullptr ? static_cast<T*>(a.sum) + row * a.hidden
-                                  : sum + thread * row_size;
+          T* s =
+              a.sum != nullptr ? static_cast<T*>(a.sum) + row * a.hidden : sum + thread * row_size;
           if (dropout.on()) dropout.row(0, row, 0, a.hidden, mask_row);
           for_row<T>(a.hidden, [&](int64_t j, int64_t lanes) {
             Vec<T> v = load_lanes(x + j, lanes);

@@ -30,7 +30,8 @@ struct LinearForwardKernel {
          [&](int p, Vec<T> y, int64_t row, int64_t column, int64_t lanes) {
            const T* bias = static_cast<const T*>(a.bias[p]);
            if (bias != nullptr) y = y + load_lanes(bias + column, lanes);
-           if (addend != nullptr) y = y + load_lanes(addend + row * a.addend_stride + column, lanes);
+           if (addend != nullptr)
+             y = y + load_lanes(addend + row * a.addend_stride + column, lanes);
            return a.activation == Activation::tanh ? tanh(y) : y;
          });
   }
@@ -65,8 +66,8 @@ struct LinearBackwardKernel {
     }
     const auto keep = [](int, Vec<T> x, int64_t, int64_t, int64_t) { return x; };
     if (a.dx != nullptr) {
-      Product<T> product = {a.rows, a.in_features, static_cast<int>(a.parts), {},
-                            static_cast<T*>(a.dx), a.in_features};
+      Product<T> product = {a.rows, a.in_features,         static_cast<int>(a.parts),
+                            {},     static_cast<T*>(a.dx), a.in_features};
       for (int p = 0; p < a.parts; ++p) {
         product.segment[p] = {
             dz[p], {static_cast<const T*>(a.weight[p]), a.in_features, 1}, a.out_features};

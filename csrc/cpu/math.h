@@ -35,9 +35,9 @@ XLMR_INLINE Vec<float> exp(Vec<float> x) {
 // |x| < 1: x + x P(x^2), relative error 1.3e-9. Above: 1 - exp(-Q(|x|)), absolute error 2.2e-11;
 // at 4 it is 1 in float32.
 XLMR_INLINE Vec<float> erf(Vec<float> x) {
-  const float small[7] = {0.12837916573f, -0.37612625824f,  0.11283585146f,  -0.02685381181f,
+  const float small[7] = {0.12837916573f, -0.37612625824f, 0.11283585146f,  -0.02685381181f,
                           0.00518832744f, -0.00080101915f, 0.0000785385432f};
-  const float large[8] = {-0.00018847020f, 1.12958032283f, 0.63321637411f,     0.10842212431f,
+  const float large[8] = {-0.00018847020f, 1.12958032283f, 0.63321637411f,   0.10842212431f,
                           -0.02521035551f, 0.00420529063f, -0.000441473840f, 0.0000216977145f};
   const Vec<float> a = abs(x);
   const Vec<float> near = fma(x, polynomial(x * x, small), x);
@@ -52,8 +52,7 @@ XLMR_INLINE Vec<float> tanh(Vec<float> x) {
                           -0.00571703655f};
   const Vec<float> a = abs(x), s = x * x;
   const Vec<float> near = fma(x * s, polynomial(s, small), x);
-  const Vec<float> far =
-      Vec<float>(1.0f) - Vec<float>(2.0f) / (exp(a + a) + Vec<float>(1.0f));
+  const Vec<float> far = Vec<float>(1.0f) - Vec<float>(2.0f) / (exp(a + a) + Vec<float>(1.0f));
   return select(a < Vec<float>(0.625f), near, copysign(far, x));
 }
 
@@ -68,9 +67,9 @@ XLMR_INLINE Vec<double> exp(Vec<double> x) { return by_lane<::exp>(x); }
 XLMR_INLINE Vec<double> erf(Vec<double> x) { return by_lane<::erf>(x); }
 XLMR_INLINE Vec<double> tanh(Vec<double> x) { return by_lane<::tanh>(x); }
 
-constexpr double kSqrtHalf = 0.70710678118654752440;        // 1 / sqrt 2
-constexpr double kInvSqrt2Pi = 0.39894228040143267794;      // 1 / sqrt(2 pi)
-constexpr double kSqrt2OverPi = 0.79788456080286535588;     // sqrt(2 / pi)
+constexpr double kSqrtHalf = 0.70710678118654752440;     // 1 / sqrt 2
+constexpr double kInvSqrt2Pi = 0.39894228040143267794;   // 1 / sqrt(2 pi)
+constexpr double kSqrt2OverPi = 0.79788456080286535588;  // sqrt(2 / pi)
 constexpr double kGeluCubic = 0.044715;
 
 template <class T>

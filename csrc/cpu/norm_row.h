@@ -16,19 +16,21 @@ struct RowStatistics {
 template <class T>
 XLMR_INLINE RowStatistics<T> normalize_row(int64_t n, T eps, const T* sum, const T* weight,
                                            const T* bias, T* y) {
-  const T mean = sum_row<T>(n, [&](int64_t j, int64_t lanes) { return load_lanes(sum + j, lanes); }) /
-                 static_cast<T>(n);
+  const T mean =
+      sum_row<T>(n, [&](int64_t j, int64_t lanes) { return load_lanes(sum + j, lanes); }) /
+      static_cast<T>(n);
   const Vec<T> mean_v(mean);
-  const T variance = sum_row<T>(n, [&](int64_t j, int64_t lanes) {
-                       Vec<T> d = load_lanes(sum + j, lanes) - mean_v;
-                       // The lanes behind the row hold -mean; they must not count.
-                       if (lanes < Vec<T>::size) {
-                         T part[Vec<T>::size] = {};
-                         d.store(part, lanes);
-                         d = Vec<T>::load(part);
-                       }
-                       return d * d;
-                     }) /
+  const T variance = sum_row<T>(n,
+                                [&](int64_t j, int64_t lanes) {
+                                  Vec<T> d = load_lanes(sum + j, lanes) - mean_v;
+                                  // The lanes behind the row hold -mean; they must not count.
+                                  if (lanes < Vec<T>::size) {
+                                    T part[Vec<T>::size] = {};
+                                    d.store(part, lanes);
+                                    d = Vec<T>::load(part);
+                                  }
+                                  return d * d;
+                                }) /
                      static_cast<T>(n);
   const T rstd = T(1) / static_cast<T>(::sqrt(static_cast<double>(variance + eps)));
   const Vec<T> rstd_v(rstd);
@@ -48,7 +50,9 @@ XLMR_INLINE void normalize_row_backward(int64_t n, RowStatistics<T> stat, const 
   const auto g = [&](int64_t j, int64_t lanes) {
     return load_lanes(dy + j, lanes) * load_lanes(weight + j, lanes);
   };
-  const auto h = [&](int64_t j, int64_t lanes) { return (load_lanes(sum + j, lanes) - mean) * rstd; };
+  const auto h = [&](int64_t j, int64_t lanes) {
+    return (load_lanes(sum + j, lanes) - mean) * rstd;
+  };
   const Vec<T> mean_g(sum_row<T>(n, g) / static_cast<T>(n));
   // g is 0 in the lanes behind the row, so h does not count there.
   const Vec<T> mean_gh(

@@ -31,18 +31,17 @@ XLMR_INLINE void parallel_ranges(const ExecContext& ctx, int64_t n, int64_t grai
 class Workspace {
  public:
   explicit Workspace(void* base)
-      : base_(base == nullptr ? 0 : round_up(static_cast<int64_t>(
-                                                 reinterpret_cast<uintptr_t>(base)),
-                                             kAlign)) {}
+      : base_(base == nullptr
+                  ? 0
+                  : round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(base)), kAlign)) {}
 
   // Room for a * b * c elements, in bytes from the aligned base.
   template <class T>
   T* take(int64_t a, int64_t b = 1, int64_t c = 1) {
     int64_t bytes = static_cast<int64_t>(sizeof(T));
-    overflow_ |= __builtin_mul_overflow(bytes, a, &bytes) ||
-                 __builtin_mul_overflow(bytes, b, &bytes) ||
-                 __builtin_mul_overflow(bytes, c, &bytes) || bytes > INT64_MAX / 4 ||
-                 used_ > INT64_MAX / 4;
+    overflow_ |=
+        __builtin_mul_overflow(bytes, a, &bytes) || __builtin_mul_overflow(bytes, b, &bytes) ||
+        __builtin_mul_overflow(bytes, c, &bytes) || bytes > INT64_MAX / 4 || used_ > INT64_MAX / 4;
     if (overflow_) return nullptr;
     T* p = reinterpret_cast<T*>(static_cast<uintptr_t>(base_ + used_));
     used_ += round_up(bytes, kAlign);

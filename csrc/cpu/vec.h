@@ -109,8 +109,8 @@ template <class T>
 XLMR_INLINE Vec<T> abs(Vec<T> a) {
   typename Vec<T>::Mask bits;
   memcpy(&bits, &a.v, sizeof bits);
-  bits &= ~(typename Vec<T>::Mask{} + (static_cast<decltype(bits[0] + 0)>(1)
-                                       << (sizeof(T) * 8 - 1)));
+  bits &=
+      ~(typename Vec<T>::Mask{} + (static_cast<decltype(bits[0] + 0)>(1) << (sizeof(T) * 8 - 1)));
   typename Vec<T>::Data d;
   memcpy(&d, &bits, sizeof d);
   return d;

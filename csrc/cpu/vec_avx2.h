@@ -10,7 +10,8 @@ namespace xlmr::XLMR_ISA {
 namespace {
 
 // Sliding a window over these words gives the mask of the first n lanes.
-alignas(32) constexpr int32_t kTailMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(32) constexpr int32_t kTailMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                               0,  0,  0,  0,  0,  0,  0,  0};
 
 XLMR_INLINE __m256i tail_mask(int64_t words) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kTailMask + 8 - words));
@@ -82,9 +83,7 @@ XLMR_INLINE Vec<float> select(__m256 m, Vec<float> yes, Vec<float> no) {
 XLMR_INLINE Vec<double> select(__m256d m, Vec<double> yes, Vec<double> no) {
   return _mm256_blendv_pd(no.v, yes.v, m);
 }
-XLMR_INLINE Vec<float> abs(Vec<float> a) {
-  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
-}
+XLMR_INLINE Vec<float> abs(Vec<float> a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 XLMR_INLINE Vec<float> copysign(Vec<float> magnitude, Vec<float> s) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return _mm256_or_ps(_mm256_andnot_ps(sign, magnitude.v), _mm256_and_ps(sign, s.v));

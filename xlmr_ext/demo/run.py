@@ -39,7 +39,7 @@ class _Recipe:
 
 # Few sentences make few steps: more passes, and for the small model a higher rate, than the
 # defaults of `finetune`.
-_OWN_RECIPE = _Recipe(epochs=10, learning_rate=1e-4)
+_OWN_RECIPE = _Recipe(epochs=12, learning_rate=2e-4)
 _OTHER_RECIPE = _Recipe(epochs=15, learning_rate=3e-5)
 
 
