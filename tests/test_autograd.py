@@ -163,7 +163,8 @@ each_case = pytest.mark.parametrize("name", NAMES)
 # The padding's rows are left out of gradients on purpose, so differences disagree there; the
 # oracle does the same, see test_gradients_by_the_rule.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "embedding padding"])
-def test_gradcheck(isa: str, name: str) -> None:
+def test_gradcheck(isa: str, name: str, restore_threads: None) -> None:
+    torch.set_num_threads(1)  # thousands of tiny calls; threads are the subject of test_rows.py
     case = make_cases(torch.float64)[name]
     assert torch.autograd.gradcheck(case.run, case.leaves(), nondet_tol=0.0)
 

@@ -152,9 +152,13 @@ def _cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> Tens
 # --- Calling -------------------------------------------------------------------------------------
 
 
+# A larger workspace is given back after the call: beside the work it serves, its page faults cost
+# nothing, and one long batch should not hold memory for ever.
+_KEPT_BYTES = 64 << 20
+
+
 class _Workspace(threading.local):
-    """One buffer a thread, as large as the largest op so far: fresh memory would cost page faults
-    on every call."""
+    """One buffer a thread: fresh memory would cost page faults on every call."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
@@ -177,7 +181,9 @@ def _call(function: Callable[..., int], *args: Any) -> None:
     threads = torch.get_num_threads()
     needed = function(*args, threads, buffer.data_ptr(), buffer.numel())
     if needed:
-        buffer = _workspace.buffer = torch.empty(needed, dtype=torch.uint8)
+        buffer = torch.empty(needed, dtype=torch.uint8)
+        if needed <= _KEPT_BYTES:
+            _workspace.buffer = buffer
         function(*args, threads, buffer.data_ptr(), buffer.numel())
 
 

@@ -184,7 +184,9 @@ struct Product {
   }
 };
 
-// The workspace of gemm() for products of up to `rows` rows and `k` steps.
+// The workspace of gemm() for products of up to `rows` rows and `k` steps. An op's products run one
+// after the other, so all their spaces lie in the same place, behind everything else: an op takes
+// them last.
 template <class T>
 struct GemmSpace {
   T* a;                // one chunk of rows, packed
@@ -194,12 +196,14 @@ struct GemmSpace {
 
   GemmSpace(Workspace& space, const ExecContext& ctx, int64_t rows, int64_t k) {
     constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
+    const int64_t mark = space.mark();
     const int64_t fitting = kPackBytes / static_cast<int64_t>(sizeof(T)) / max_of<int64_t>(k, 1);
     chunk_rows =
         min_of(round_up(max_of<int64_t>(rows, 1), MR), max_of<int64_t>(fitting / MR * MR, 32 * MR));
     a = space.take<T>(chunk_rows, max_of<int64_t>(k, 1));
     b_per_thread = kBlockPanels * NR * kBlockK;
     b = space.take<T>(b_per_thread, ctx.num_threads);
+    space.rewind(mark);
   }
 };
 

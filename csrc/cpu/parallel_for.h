@@ -45,16 +45,21 @@ class Workspace {
     if (overflow_) return nullptr;
     T* p = reinterpret_cast<T*>(static_cast<uintptr_t>(base_ + used_));
     used_ += round_up(bytes, kAlign);
+    most_ = max_of(most_, used_);
     return p;
   }
 
+  // What was taken since `mark` may be given out again: for pieces that are never in use together.
+  int64_t mark() const { return used_; }
+  void rewind(int64_t mark) { used_ = mark; }
+
   // Bytes to allocate; -1 where they overflow.
-  int64_t total() const { return overflow_ ? -1 : used_ + kAlign; }
+  int64_t total() const { return overflow_ ? -1 : most_ + kAlign; }
 
  private:
   static constexpr int64_t kAlign = 64;
   int64_t base_;
-  int64_t used_ = 0;
+  int64_t used_ = 0, most_ = 0;
   bool overflow_ = false;
 };
 

@@ -455,7 +455,7 @@ void run(TableRef table) {
     }
   }
   const std::vector<int32_t> edges = {63, 64, 65, 95, 96, 97, 127, 128, 129, 130, 191, 192, 193};
-  for (size_t i = 0; i < edges.size(); i += options().quick ? 7 : 1) {
+  for (size_t i = 0; i < edges.size(); i += options().quick ? 8 : 1) {
     cases.push_back({{edges[i]}, 1, 32, 0});
     cases.push_back({{3, edges[i], 1}, 1, 8, 0.3});
   }

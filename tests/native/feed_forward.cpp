@@ -300,8 +300,8 @@ void check_range(Line& line, TableRef table, Activation activation, bool slope) 
 
 // A NaN in x reaches the outputs of its own row and no other.
 template <class T>
-void check_nan(Line& line, TableRef table, Random& random) {
-  Problem<T> p = make<T>(random, 13, 17, 35, Activation::gelu);
+void check_nan(Line& line, TableRef table, Random& random, Activation activation) {
+  Problem<T> p = make<T>(random, 13, 17, 35, activation);
   line.begin("NaN in row 6: " + p.sizes());
   const std::vector<T> clean = forward(table, p, 2)[0];
   p.x[6 * 17 + 16] = std::numeric_limits<T>::quiet_NaN();
@@ -352,8 +352,10 @@ void run(TableRef table) {
       const Sizes& s = cases[i];
       check_forward(line, table, make<T>(random, s.rows, s.hidden, s.inner, activations[i % 3]));
     }
-    for (Activation activation : activations) check_range<T>(line, table, activation, false);
-    check_nan<T>(line, table, random);
+    for (Activation activation : activations) {
+      check_range<T>(line, table, activation, false);
+      check_nan<T>(line, table, random, activation);
+    }
   }
   if (selected("feed_forward_backward")) {
     Line line(table, dtype_name<T>(), "feed_forward_backward");

