@@ -37,9 +37,10 @@ def _apply(function: Any, *args: Any) -> Any:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, addend: Tensor | None, activation: str, parts: int, *params: Tensor
-    ) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        # All in one: a compiled call without gradients counts the named parameters, and mistakes
+        # one more argument than those for a missing ctx.
+        x, addend, activation, parts, *params = args
         weights, biases = params[:parts], params[parts:]
         y: Tensor = ops.linear_forward(x, weights, biases, addend, activation)
         needs = ctx.needs_input_grad

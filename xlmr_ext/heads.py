@@ -96,35 +96,40 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of logits [B, num_labels] under ``labels``; see the class."""
-        problem = self.config.problem_type or _problem_type(self.num_labels, labels)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels are {type(labels).__name__}; expected a tensor")
         if labels.device != logits.device:
             raise ValueError(f"labels are on {labels.device}; the model is on {logits.device}")
-        batch = logits.shape[0]
+        problem = self.config.problem_type or _problem_type(self.num_labels, labels)
         if problem == "single_label_classification":
-            return self._cross_entropy(logits, labels.reshape(-1), batch)
-        if labels.numel() != logits.numel():
+            return self._cross_entropy(logits, labels.reshape(-1))
+        # With one output, [B] and [B, 1] are the same.
+        if labels.shape != logits.shape and not (
+            self.num_labels == 1 and labels.numel() == logits.numel()
+        ):
             raise ValueError(
                 f"labels have shape {list(labels.shape)}; expected {list(logits.shape)} for "
                 f"{problem}"
             )
-        targets = labels.reshape(logits.shape)
+        targets = labels.reshape(logits.shape).to(logits.dtype)
         if problem == "regression":
-            return F.mse_loss(logits, targets.to(logits.dtype))
-        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+            return F.mse_loss(logits, targets)
+        return F.binary_cross_entropy_with_logits(logits, targets)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, batch: int) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise TypeError(f"labels are {labels.dtype}; expected class indices (torch.int64)")
-        if labels.shape[0] != batch:
-            raise ValueError(f"{labels.shape[0]} labels came for a batch of {batch}")
-        if not torch.compiler.is_compiling() and labels.numel():
-            low, high = (int(x) for x in torch.aminmax(labels))
-            # -100 is torch's mark for "does not count".
-            if (low < 0 and low != -100) or high >= self.num_labels:
-                came = high if high >= self.num_labels else low
-                raise ValueError(
-                    f"labels hold {came}; expected 0 to {self.num_labels - 1}, or -100"
-                )
+        if labels.shape[0] != logits.shape[0]:
+            raise ValueError(f"{labels.shape[0]} labels came for a batch of {logits.shape[0]}")
+        if not torch.compiler.is_compiling():
+            counted = labels[labels != -100]  # torch's mark for "does not count"
+            if counted.numel():
+                low, high = (int(x) for x in torch.aminmax(counted))
+                if low < 0 or high >= self.num_labels:
+                    raise ValueError(
+                        f"labels hold {low if low < 0 else high}; expected 0 to "
+                        f"{self.num_labels - 1}, or -100"
+                    )
         return F.cross_entropy(logits, labels.long())
 
 

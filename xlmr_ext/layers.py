@@ -41,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
         return y.reshape(input.shape)
 
 
-_PLAIN = (Linear, LayerNorm, nn.Embedding)
+_PLAIN = (Linear, LayerNorm)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -54,14 +54,21 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in _HOOKS)
 
 
+def _computes_alone(module: nn.Module) -> bool:
+    """Whether the module is one of ours, or an embedding that is a bare table."""
+    if type(module) is nn.Embedding:
+        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return type(module) in _PLAIN
+
+
 def is_plain(*modules: nn.Module) -> bool:
     """Whether calling these modules and using their parameters directly come to the same."""
     if torch.nn.modules.module._has_any_global_hook():
         return False
     return all(
+        _computes_alone(m)
         # A parametrization changes the type; an older weight_norm takes the parameter away; some
         # libraries put a forward of their own on the instance.
-        type(m) in _PLAIN
         and not _has_hooks(m)
         and "forward" not in m.__dict__
         and "weight" in m._parameters
@@ -135,6 +142,11 @@ class XLMRobertaEmbeddings(nn.Module):
         """[max_position_embeddings, hidden]: learned or sinusoidal."""
         return self.position_table if self.sinusoidal else self.position_embeddings.weight
 
+    @staticmethod
+    def _is_table(embedding: nn.Module, padding_idx: int | None) -> bool:
+        """Whether the fused function does what this embedding does, gradients included."""
+        return is_plain(embedding) and embedding.padding_idx == padding_idx
+
     def forward(
         self,
         input_ids: Tensor | None,
@@ -144,12 +156,13 @@ class XLMRobertaEmbeddings(nn.Module):
         dropout: Dropout,
     ) -> Tensor:
         """Ids [N] (or inputs_embeds [N, hidden]) to [N, hidden]."""
-        if inputs_embeds is None and not is_plain(self.word_embeddings):
+        if inputs_embeds is None and not self._is_table(self.word_embeddings, self.padding_idx):
             inputs_embeds, input_ids = self.word_embeddings(input_ids), None
-        tables = [self.token_type_embeddings, self.LayerNorm]
-        if not self.sinusoidal:
-            tables.append(self.position_embeddings)
-        if is_plain(*tables):
+        if (
+            is_plain(self.LayerNorm)
+            and self._is_table(self.token_type_embeddings, None)
+            and (self.sinusoidal or self._is_table(self.position_embeddings, self.padding_idx))
+        ):
             return autograd.embedding(
                 input_ids,
                 position_ids,
@@ -191,10 +204,9 @@ class XLMRobertaSelfAttention(nn.Module):
         self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: Dropout, site: int
     ) -> Tensor:
         maps = (self.query, self.key, self.value)
-        if is_plain(*maps):
-            query, key, value = autograd.qkv_linear(
-                hidden, [m.weight for m in maps], [m.bias for m in maps]
-            )
+        biases = [m.bias for m in maps if m.bias is not None]
+        if is_plain(*maps) and len(biases) in (0, 3):
+            query, key, value = autograd.qkv_linear(hidden, [m.weight for m in maps], biases)
         else:
             query, key, value = (m(hidden) for m in maps)
         return autograd.attention(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlmr_ext.batch_checks import in_range, integers, on_device, token_mask
 from xlmr_ext.checkpoint import PreTrainedModel
 from xlmr_ext.configuration import XLMRobertaConfig
 from xlmr_ext.layers import (
@@ -22,8 +23,6 @@ from xlmr_ext.layers import (
 )
 from xlmr_ext.outputs import BaseModelOutputWithPooling
 from xlmr_ext.packing import Kept, PackedBatch, position_ids_of
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 @dataclass
@@ -146,11 +145,16 @@ class XLMRobertaModel(PreTrainedModel):
             "inputs_embeds": inputs_embeds,
         }
         if packed is not None:
+            if not isinstance(packed, PackedBatch):
+                raise TypeError(f"packed is {type(packed).__name__}; expected a PackedBatch")
             given = [name for name, value in padded.items() if value is not None]
             if given:
                 raise ValueError(
                     f"packed came together with {', '.join(given)}; give one or the other"
                 )
+            for name in ("input_ids", "position_ids", "cu_seqlens", "token_type_ids"):
+                if getattr(packed, name) is not None:
+                    on_device(f"packed.{name}", getattr(packed, name), self.device)
             return EncoderInput(
                 packed.input_ids,
                 None,
@@ -180,12 +184,12 @@ class XLMRobertaModel(PreTrainedModel):
             which = "neither" if input_ids is None else "both"
             raise ValueError(f"{which} of input_ids and inputs_embeds came; expected one of them")
         if input_ids is not None:
-            input_ids = _integers("input_ids", input_ids, None, self.device)
-            _in_range("input_ids", input_ids, 0, config.vocab_size)
+            input_ids = integers("input_ids", input_ids, None, self.device)
+            in_range("input_ids", input_ids, 0, config.vocab_size)
             shape = tuple(input_ids.shape)
         else:
             assert inputs_embeds is not None
-            _tensor("inputs_embeds", inputs_embeds, self.device)
+            on_device("inputs_embeds", inputs_embeds, self.device)
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
                 raise ValueError(
                     f"inputs_embeds has shape {list(inputs_embeds.shape)}; expected [batch, "
@@ -194,20 +198,20 @@ class XLMRobertaModel(PreTrainedModel):
             shape = tuple(inputs_embeds.shape[:2])
         longest = config.max_position_embeddings - config.pad_token_id - 1
         if attention_mask is not None:
-            attention_mask = _mask(attention_mask, shape, self.device)
+            attention_mask = token_mask(attention_mask, shape, self.device)
         like = input_ids if input_ids is not None else inputs_embeds
         assert like is not None
         if position_ids is not None:
-            position_ids = _integers("position_ids", position_ids, shape, self.device)
-            _in_range("position_ids", position_ids, 0, config.max_position_embeddings)
+            position_ids = integers("position_ids", position_ids, shape, self.device)
+            in_range("position_ids", position_ids, 0, config.max_position_embeddings)
         elif input_ids is not None:
             position_ids = position_ids_of(input_ids, config.pad_token_id)
         else:
             start = config.pad_token_id + 1
             position_ids = torch.arange(start, start + shape[1], device=like.device).expand(shape)
         if token_type_ids is not None:
-            token_type_ids = _integers("token_type_ids", token_type_ids, shape, self.device)
-            _in_range("token_type_ids", token_type_ids, 0, config.type_vocab_size)
+            token_type_ids = integers("token_type_ids", token_type_ids, shape, self.device)
+            in_range("token_type_ids", token_type_ids, 0, config.type_vocab_size)
         kept = Kept.of(attention_mask, like)
         positions = kept.rows(position_ids)
         if positions.numel() and int(positions.max()) >= config.max_position_embeddings:
@@ -234,49 +238,3 @@ def first_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
         return rows.new_zeros((starts.shape[0], rows.shape[1]))
     first = rows.index_select(0, starts.clamp(max=rows.shape[0] - 1))
     return torch.where((ends > starts)[:, None], first, torch.zeros_like(first))
-
-
-def _tensor(name: str, value: Any, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; expected a tensor")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}; the model is on {device}")
-
-
-def _integers(name: str, value: Any, shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
-    """As int64 [B, S]; [1, S] is expanded where a shape is given."""
-    _tensor(name, value, device)
-    if value.dtype not in _INTEGERS:
-        raise TypeError(f"{name} is {value.dtype}; expected whole numbers (torch.int64)")
-    if value.dim() != 2:
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}; expected two dimensions [batch, length]"
-        )
-    if shape is not None and tuple(value.shape) != shape:
-        if value.shape[0] != 1 or value.shape[1] != shape[1]:
-            raise ValueError(f"{name} has shape {list(value.shape)}; expected {list(shape)}")
-        value = value.expand(shape)
-    integers: Tensor = value.to(torch.int64)
-    return integers
-
-
-def _in_range(name: str, value: Tensor, low: int, end: int) -> None:
-    if value.numel() == 0:
-        return
-    smallest, largest = (int(x) for x in torch.aminmax(value))
-    if smallest < low or largest >= end:
-        came = smallest if smallest < low else largest
-        raise ValueError(f"{name} holds {came}; expected {low} to {end - 1}")
-
-
-def _mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    _tensor("attention_mask", mask, device)
-    if tuple(mask.shape) != shape:
-        raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}; expected {list(shape)}, one value per "
-            f"token"
-        )
-    checked: Tensor = mask
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("attention_mask holds values other than 0 and 1; expected 1 for tokens")
-    return checked

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xlmr_ext.batch_checks import integers, token_mask
+
 
 @dataclass
 class PackedBatch:
@@ -71,6 +73,10 @@ class PackedBatch:
 
         Positions are Hugging Face's: counted over the tokens that are not padding.
         """
+        input_ids = integers("input_ids", input_ids, None, input_ids.device)
+        if attention_mask is not None:
+            shape = tuple(input_ids.shape)
+            attention_mask = token_mask(attention_mask, shape, input_ids.device)
         keep = Kept.of(attention_mask, input_ids)
         return cls(
             input_ids=keep.rows(input_ids),

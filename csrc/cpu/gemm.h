@@ -198,8 +198,8 @@ struct GemmSpace {
     constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
     const int64_t mark = space.mark();
     const int64_t fitting = kPackBytes / static_cast<int64_t>(sizeof(T)) / max_of<int64_t>(k, 1);
-    chunk_rows =
-        min_of(round_up(max_of<int64_t>(rows, 1), MR), max_of<int64_t>(fitting / MR * MR, 32 * MR));
+    const int64_t most = max_of<int64_t>(fitting / MR * MR, 32 * MR);
+    chunk_rows = rows >= most ? most : round_up(max_of<int64_t>(rows, 1), MR);
     a = space.take<T>(chunk_rows, max_of<int64_t>(k, 1));
     b_per_thread = kBlockPanels * NR * kBlockK;
     b = space.take<T>(b_per_thread, ctx.num_threads);

@@ -25,7 +25,7 @@ struct LayerNormForwardKernel {
         const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
         const T* residual = static_cast<const T*>(a.residual);
         const T* normalized = x;
-        if (residual != nullptr || dropout.on()) {
+        if (residual != nullptr || dropout.on() || a.sum != nullptr) {
           T* s =
               a.sum != nullptr ? static_cast<T*>(a.sum) + row * a.hidden : sum + thread * row_size;
           if (dropout.on()) dropout.row(0, row, 0, a.hidden, mask_row);

@@ -42,7 +42,7 @@ struct LinearBackwardKernel {
   GemmSpace<T> dx_space, dweight_space;
 
   LinearBackwardKernel(Workspace& space, const LinearBackward& a, const ExecContext& ctx)
-      : dx_space(space, ctx, a.dx ? a.rows : 0, a.dx ? a.parts * a.out_features : 0),
+      : dx_space(space, ctx, a.dx ? a.rows : 0, a.dx ? product(a.parts, a.out_features) : 0),
         dweight_space(space, ctx, a.dweight[0] ? a.out_features : 0, a.dweight[0] ? a.rows : 0) {}
 
   void run(const LinearBackward& a, const ExecContext& ctx) const {
