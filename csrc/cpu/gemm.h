@@ -20,8 +20,9 @@ struct Tile {
   static constexpr int kColumns = kVectors * Vec<T>::size;  // NR
 };
 
-constexpr int64_t kBlockK = 256;         // a panel of B (16 KiB in float32) stays in L1
-constexpr int64_t kBlockPanels = 6;      // panels of B in one task: 96 KiB, in L2
+constexpr int64_t kBlockK = 384;        // a panel of B (24 KiB in float32) stays in L1
+constexpr int64_t kBlockRows = 32 * 6;  // of A, passed over by all panels of a task: 192 KiB, in L2
+constexpr int64_t kBlockPanels = 6;     // panels of B in one task: 96 KiB, in L2
 constexpr int64_t kPackBytes = 8 << 20;  // packed A, all threads together: in L3
 
 // Element (i, j) of a matrix is data[i * row + j * column].
@@ -267,22 +268,25 @@ void gemm(const ExecContext& ctx, const GemmSpace<T>& space, const Product<T>* p
           k_done += k_size;
           const bool is_last = k_done == k_total;
           pack_b(segment.b.at(k, column), k_size, columns, packed_b);
-          for (int64_t row = 0; row < chunk_rows; row += MR) {
-            const int64_t tile_rows = min_of(MR, chunk_rows - row);
+          for (int64_t begin = 0; begin < chunk_rows; begin += kBlockRows) {
+            const int64_t end = min_of(chunk_rows, begin + kBlockRows);
             for (int64_t j = 0; j < columns; j += NR) {
-              alignas(64) T tile[MR * NR];
-              multiply_tile<ALayout::panel>(k_size, block + row * k_size, MR, tile_rows,
-                                            packed_b + j * k_size, tile);
-              T* c = product.c + (chunk + row) * product.c_stride + column + j;
-              for_each_vector(tile, tile_rows, columns - j,
-                              [&](Vec<T> x, int64_t i, int64_t at, int64_t lanes) {
-                                T* dst = c + i * product.c_stride + at;
-                                if (!is_first) x = load_lanes(dst, lanes) + x;
-                                if (is_last) {
-                                  x = epilogue(p, x, chunk + row + i, column + j + at, lanes);
-                                }
-                                store_lanes(dst, x, lanes);
-                              });
+              for (int64_t row = begin; row < end; row += MR) {
+                const int64_t tile_rows = min_of(MR, end - row);
+                alignas(64) T tile[MR * NR];
+                multiply_tile<ALayout::panel>(k_size, block + row * k_size, MR, tile_rows,
+                                              packed_b + j * k_size, tile);
+                T* c = product.c + (chunk + row) * product.c_stride + column + j;
+                for_each_vector(tile, tile_rows, columns - j,
+                                [&](Vec<T> x, int64_t i, int64_t at, int64_t lanes) {
+                                  T* dst = c + i * product.c_stride + at;
+                                  if (!is_first) x = load_lanes(dst, lanes) + x;
+                                  if (is_last) {
+                                    x = epilogue(p, x, chunk + row + i, column + j + at, lanes);
+                                  }
+                                  store_lanes(dst, x, lanes);
+                                });
+              }
             }
           }
           block += padded_rows * k_size;
