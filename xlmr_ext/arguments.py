@@ -180,7 +180,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         ("--weight-decay", _not_negative, 0.01, "of matrices, not of biases and LayerNorm"),
         ("--max-grad-norm", _above_zero, 1.0, "2-norm that a step's gradient is clipped to"),
         ("--max-length", _count, 128, "tokens that a text is cut to"),
-        ("--bucket-batches", _count, 8, "batches sorted by length together; 1 only shuffles"),
+        ("--bucket-batches", _count, 1, "batches sorted by length together; 1 only shuffles"),
     ):
         recipe.add_argument(name, metavar="N", type=kind, default=default, help=text)
     _add_hub(parser)

@@ -249,8 +249,9 @@ class LengthBatches:
 
     An epoch's rows are shuffled, cut into buckets of ``bucket_batches`` batches, sorted by
     length within each bucket, cut into batches, and the batches shuffled. Small buckets keep
-    batches mixed; with ``bucket_batches=1`` length plays no part. Nothing is dropped: one batch
-    an epoch may be smaller than ``batch_size``.
+    batches mixed; with ``bucket_batches=1``, the default, length plays no part: a packed batch
+    has no padding for sorting to save, and mixed batches learn better. Nothing is dropped: one
+    batch an epoch may be smaller than ``batch_size``.
 
     Args:
         lengths: number of tokens of each row.
@@ -259,7 +260,7 @@ class LengthBatches:
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, *, seed: int, bucket_batches: int = 8
+        self, lengths: Sequence[int], batch_size: int, *, seed: int, bucket_batches: int = 1
     ) -> None:
         for name, value in (("batch_size", batch_size), ("bucket_batches", bucket_batches)):
             if value < 1:

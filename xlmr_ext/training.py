@@ -153,7 +153,7 @@ def finetune(
     max_grad_norm: float | None = 1.0,
     max_length: int = 128,
     seed: int = 42,
-    bucket_batches: int = 8,
+    bucket_batches: int = 1,
     narrow_vocabulary: bool = True,
     progress: bool | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,

@@ -114,7 +114,6 @@ def run_demo(
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         seed=seed,
-        bucket_batches=1,  # batches of any lengths: without padding, sorting saves nothing
         on_epoch=lambda record: _print_epoch(record, passes),
     )
     _say(f"   {result.steps} steps in {result.seconds:.1f} s")
