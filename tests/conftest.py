@@ -52,6 +52,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Python started in the checkout would import the source tree, not what is installed."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """The same random numbers in a test whether it runs alone or in the whole suite."""

@@ -249,20 +249,20 @@ def test_a_run_at_chance_warns(files: Path, cli: Cli, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_where_it_stopped(files: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*COMMAND, *recipe(files, tmp_path / "out", "--epochs", "5000")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    try:
-        while not process.stdout.readline().startswith("epoch 2/"):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    ) as process:
+        assert process.stdout is not None
+        try:
+            while not process.stdout.readline().startswith("epoch 2/"):
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert err.startswith("xlmr-ext: stopped in epoch ")
     assert err.count("\n") == 1

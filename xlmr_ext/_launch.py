@@ -12,6 +12,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,17 @@ if not sys.platform.startswith("linux"):
     raise ImportError(f"xlmr_ext runs on Linux (x86-64, aarch64) only; this is {platform.system()}")
 
 # torch first: its libgomp is then the one that the kernels share (docs/ARCHITECTURE.md, Threads).
-from xlmr_ext import _C
+try:
+    from xlmr_ext import _C
+except ImportError as error:
+    folder = Path(__file__).parent
+    if any(folder.glob("_C.*.so")) or not (folder.parent / "CMakeLists.txt").exists():
+        raise
+    raise ImportError(
+        f"xlmr_ext was imported from the source tree at {folder.parent}, where no kernels are "
+        f"built: run from another directory to use the installed package, or build in place "
+        f"(CONTRIBUTING.md)"
+    ) from error
 from xlmr_ext._checks import (
     FEED_FORWARD_ACTIVATIONS,
     LINEAR_ACTIVATIONS,

@@ -51,7 +51,9 @@ def _run(arguments: argparse.Namespace) -> int:
         warnings.showwarning = _show_warning
         warnings.simplefilter("always", ChanceWarning)
         # What loading says of missing and unused weights is decided here, by _refuse_missing.
-        logging.getLogger("xlmr_ext").setLevel(logging.ERROR)
+        logger = logging.getLogger("xlmr_ext")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         try:
             result = _COMMANDS[arguments.command](arguments)
         except KeyboardInterrupt as stop:
@@ -66,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 traceback.print_exc()
             _say(f"error: {_sentence(error)}")
             return 1
+        finally:
+            logger.setLevel(level)
         return result
 
 
