@@ -130,8 +130,10 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) ->
         raise ValueError(
             f"{op}: cu_seqlens runs from {first} to {last}; expected 0 to {rows}, the rows given"
         )
+    if max_seqlen < 0:
+        raise ValueError(f"{op}: max_seqlen is {max_seqlen}; expected at least 0")
     if cu_seqlens.numel() > 1:
-        low, high = (int(x) for x in torch.aminmax(cu_seqlens.diff()))
+        low, high = (int(x) for x in torch.aminmax(cu_seqlens.long().diff()))
         if low < 0:
             raise ValueError(f"{op}: cu_seqlens descends; expected ascending offsets")
         if high > max_seqlen:

@@ -27,6 +27,12 @@ def _promote(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
 
 
+def _saves(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come. A Function cannot tell: inside, grad mode is always off, and
+    ``needs_input_grad`` speaks of the inputs alone."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _or_none(wanted: bool, gradient: Tensor) -> Tensor | None:
     return gradient if wanted else None
 
@@ -131,8 +137,8 @@ class _FeedForward(torch.autograd.Function):
         hidden_addend: Tensor | None,
         addend: Tensor | None,
         activation: str,
+        save: bool,
     ) -> Tensor:
-        save = any(ctx.needs_input_grad)
         y, pre = ops.feed_forward_forward(
             x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, activation, save
         )
@@ -152,6 +158,7 @@ class _FeedForward(torch.autograd.Function):
         return (
             *(_or_none(n, g) for n, g in zip(need[:6], grads, strict=True)),
             _or_none(need[6], grad_y),
+            None,
             None,
         )
 
@@ -183,7 +190,7 @@ def feed_forward(
         [N, hidden].
     """
     tensors = _promote(x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend)
-    y: Tensor = _apply(_FeedForward, *tensors, activation)
+    y: Tensor = _apply(_FeedForward, *tensors, activation, _saves(*tensors))
     return y
 
 
@@ -254,6 +261,8 @@ def attention(
         [N, num_heads * head_size].
     """
     query, key, value = _promote(query, key, value)  # type: ignore[assignment]
+    if scale is None and not 1 <= num_heads <= query.shape[-1]:
+        raise ValueError(f"attention: num_heads is {num_heads} for {query.shape[-1]} features")
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1] // num_heads)
     out: Tensor = _apply(
@@ -284,8 +293,8 @@ class _ResidualLayerNorm(torch.autograd.Function):
         dropout_p: float,
         site: int,
         seed: Tensor | None,
+        save: bool,
     ) -> Tensor:
-        save = any(ctx.needs_input_grad)
         y, total, mean, rstd = ops.layer_norm_forward(
             x, residual, weight, bias, eps, dropout_p, site, seed, save
         )
@@ -309,6 +318,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
             _or_none(need[1], dsum),
             _or_none(need[2], dweight),
             _or_none(need[3], dbias),
+            None,
             None,
             None,
             None,
@@ -340,7 +350,7 @@ def residual_layer_norm(
         [N, hidden].
     """
     tensors = _promote(x, residual, weight, bias)
-    y: Tensor = _apply(_ResidualLayerNorm, *tensors, eps, dropout_p, site, seed)
+    y: Tensor = _apply(_ResidualLayerNorm, *tensors, eps, dropout_p, site, seed, _saves(*tensors))
     return y
 
 

@@ -82,7 +82,8 @@ def _is_bare(*containers: nn.Module) -> bool:
 
 
 class Dropout:
-    """The seed of one forward pass, and the probabilities while training.
+    """The seed of one forward pass, and the probabilities while the model trains; a block that is
+    in eval mode by itself drops nothing.
 
     A site names a place in the model, so that no two places share a mask.
     """
@@ -156,6 +157,7 @@ class XLMRobertaEmbeddings(nn.Module):
         dropout: Dropout,
     ) -> Tensor:
         """Ids [N] (or inputs_embeds [N, hidden]) to [N, hidden]."""
+        p = dropout.hidden if self.training else 0.0
         if inputs_embeds is None and not self._is_table(self.word_embeddings, self.padding_idx):
             inputs_embeds, input_ids = self.word_embeddings(input_ids), None
         if (
@@ -174,7 +176,7 @@ class XLMRobertaEmbeddings(nn.Module):
                 self.LayerNorm.bias,
                 eps=self.LayerNorm.eps,
                 padding_idx=self.padding_idx,
-                dropout_p=dropout.hidden,
+                dropout_p=p,
                 site=SITE_EMBEDDINGS,
                 seed=dropout.seed,
                 inputs_embeds=inputs_embeds,
@@ -186,7 +188,7 @@ class XLMRobertaEmbeddings(nn.Module):
         else:
             positions = self.position_embeddings(position_ids)
         summed = words + self.token_type_embeddings(types) + positions
-        return F.dropout(self.LayerNorm(summed), dropout.hidden, dropout.hidden > 0.0)
+        return F.dropout(self.LayerNorm(summed), p, p > 0.0)
 
 
 class XLMRobertaSelfAttention(nn.Module):
@@ -216,7 +218,7 @@ class XLMRobertaSelfAttention(nn.Module):
             cu_seqlens,
             max_seqlen,
             self.num_attention_heads,
-            dropout_p=dropout.attention,
+            dropout_p=dropout.attention if self.training else 0.0,
             site=site,
             seed=dropout.seed,
         )
@@ -235,8 +237,9 @@ class ResidualOutput(nn.Module):
 
     def add_and_norm(self, x: Tensor, residual: Tensor, dropout: Dropout, site: int) -> Tensor:
         norm = self.LayerNorm
+        p = dropout.hidden if self.training else 0.0
         if not is_plain(norm):
-            normed: Tensor = norm(F.dropout(x, dropout.hidden, dropout.hidden > 0.0) + residual)
+            normed: Tensor = norm(F.dropout(x, p, p > 0.0) + residual)
             return normed
         return autograd.residual_layer_norm(
             x,
@@ -244,7 +247,7 @@ class ResidualOutput(nn.Module):
             norm.weight,
             norm.bias,
             eps=norm.eps,
-            dropout_p=dropout.hidden,
+            dropout_p=p,
             site=site,
             seed=dropout.seed,
         )
@@ -302,8 +305,13 @@ class XLMRobertaLayer(nn.Module):
         sites: tuple[int, int, int],
     ) -> Tensor:
         hidden = self.attention(hidden, cu_seqlens, max_seqlen, dropout, sites[:2])
-        up, down = self.intermediate.dense, self.output.dense
-        if is_plain(up, down) and _is_bare(self.intermediate, self.output):
+        if (
+            type(self.intermediate) is XLMRobertaIntermediate
+            and type(self.output) is ResidualOutput
+            and _is_bare(self.intermediate, self.output)
+            and is_plain(self.intermediate.dense, self.output.dense)
+        ):
+            up, down = self.intermediate.dense, self.output.dense
             inner = autograd.feed_forward(
                 hidden,
                 up.weight,

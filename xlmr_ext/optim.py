@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from xlmr_ext.layers import is_plain
+
 if TYPE_CHECKING:
     from xlmr_ext.heads import XLMRobertaForSequenceClassification
 
@@ -81,11 +83,15 @@ class NarrowVocabulary:
             parameter is embedding.weight
             for _, parameter in model.named_parameters(remove_duplicate=False)
         )
-        hooked = embedding._forward_hooks or embedding._forward_pre_hooks
+        weight = embedding.weight
+        hooked = (
+            not is_plain(embedding)
+            or weight._backward_hooks
+            or getattr(weight, "_post_accumulate_grad_hooks", None)
+        )
         padding = model.config.pad_token_id
-        return (
-            type(embedding) is torch.nn.Embedding
-            and isinstance(embedding.weight, torch.nn.Parameter)
+        return bool(
+            isinstance(embedding.weight, torch.nn.Parameter)
             and embedding.weight.requires_grad
             and embedding.max_norm is None
             and uses == 1
@@ -116,6 +122,21 @@ class NarrowVocabulary:
     def made_whole(self) -> Iterator[None]:
         """Within :meth:`installed`: the model has its whole table, up to date, for a while."""
         self.update_whole()
+        self._install(self._whole)
+        try:
+            yield
+        finally:
+            self._install(self.weight)
+
+    @contextmanager
+    def shown_whole(self) -> Iterator[None]:
+        """Within :meth:`installed`: the model has its whole table for a look.
+
+        Rows that the data does not use lack the decay of the steps since the last
+        :meth:`update_whole`: whether it counts is open until the best epoch is known.
+        """
+        with torch.no_grad():
+            self._whole[self._rows] = self.weight
         self._install(self._whole)
         try:
             yield

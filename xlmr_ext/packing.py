@@ -48,7 +48,9 @@ class PackedBatch:
         """
         parts = [torch.as_tensor(s) for s in sequences]
         for index, part in enumerate(parts):
-            if part.numel() and (part.is_floating_point() or part.dtype == torch.bool):
+            if part.numel() and (
+                part.is_floating_point() or part.is_complex() or part.dtype == torch.bool
+            ):
                 raise TypeError(f"sequence {index} holds {part.dtype}; expected whole numbers")
             if part.dim() != 1:
                 raise ValueError(
@@ -73,6 +75,8 @@ class PackedBatch:
 
         Positions are Hugging Face's: counted over the tokens that are not padding.
         """
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids is {type(input_ids).__name__}; expected a tensor")
         input_ids = integers("input_ids", input_ids, None, input_ids.device)
         if attention_mask is not None:
             shape = tuple(input_ids.shape)

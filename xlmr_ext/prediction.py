@@ -194,7 +194,7 @@ def classify(
     """
     config = model.config
     logits = torch.empty(len(sequences), config.num_labels)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
@@ -204,7 +204,8 @@ def classify(
                 )
                 logits[rows] = model(packed=batch).logits.to("cpu", torch.float32)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     finite = torch.isfinite(logits).all(dim=-1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])

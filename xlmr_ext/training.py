@@ -322,7 +322,8 @@ class _Run:
             self.history.append(record)
             self._keep_if_best(record)
             if self.on_epoch is not None:
-                self.on_epoch(record)
+                with nullcontext() if self.narrow is None else self.narrow.shown_whole():
+                    self.on_epoch(record)
             self._check_chance(self.losses[warmup:][-len(batches) :], evaluation)
         self._restore_best()
         return FinetuneResult(

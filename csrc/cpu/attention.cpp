@@ -64,7 +64,7 @@ void multiply(bool accumulate, int64_t rows, int64_t columns, int64_t k, const T
       alignas(64) T tile[MR * NR];
       const int64_t tile_rows = min_of(MR, rows - i);
       multiply_tile<kLayout>(k, a + (kLayout == ALayout::row_major ? i * a_stride : i), a_stride,
-                             tile_rows, b + j / NR * b_panel_stride, tile);
+                             tile_rows, b + j / NR * b_panel_stride, tile, NR, false);
       for_each_vector(tile, tile_rows, columns - j,
                       [&](Vec<T> x, int64_t row, int64_t at, int64_t lanes) {
                         T* dst = c + (i + row) * c_stride + j + at;

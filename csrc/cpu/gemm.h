@@ -21,8 +21,8 @@ struct Tile {
 };
 
 constexpr int64_t kBlockK = 384;        // a panel of B (24 KiB in float32) stays in L1
-constexpr int64_t kBlockRows = 32 * 6;  // of A, passed over by all panels of a task: 192 KiB, in L2
-constexpr int64_t kBlockPanels = 6;     // panels of B in one task: 96 KiB, in L2
+constexpr int64_t kBlockRows = 32 * 6;  // of A, passed over by all panels of a task: 288 KiB, in L2
+constexpr int64_t kBlockPanels = 6;     // panels of B in one task: 144 KiB, in L2
 constexpr int64_t kPackBytes = 8 << 20;  // packed A, all threads together: in L3
 
 // Element (i, j) of a matrix is data[i * row + j * column].
@@ -40,12 +40,13 @@ enum class ALayout {
   row_major  // a[i * stride + k]
 };
 
-// One register tile: tile[i * NR + j] = sum_k A(i, k) B(k, j). `rows` of the MR rows are real; in
-// row_major layout the others repeat the last real one, in a panel they are whatever is there.
-// Not inlined: each epilogue would bring a copy of its own.
+// One register tile: out(i, j) (+)= sum_k A(i, k) B(k, j), all MR x NR of it. `rows` of the MR rows
+// are real; in row_major layout the others repeat the last real one, in a panel they are whatever
+// is there. Not inlined: each epilogue would bring a copy of its own.
 template <ALayout kLayout, class T>
 __attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t a_stride,
-                                             int64_t rows, const T* b, T* tile) {
+                                             int64_t rows, const T* b, T* out, int64_t out_stride,
+                                             bool add) {
   constexpr int MR = Tile<T>::kRows, NV = Tile<T>::kVectors, V = Vec<T>::size;
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 8
@@ -75,7 +76,10 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[i][v].store(tile + (i * NV + v) * V);
+    for (int v = 0; v < NV; ++v) {
+      T* dst = out + i * out_stride + v * V;
+      (add ? Vec<T>::load(dst) + acc[i][v] : acc[i][v]).store(dst);
+    }
   }
 }
 
@@ -273,10 +277,17 @@ void gemm(const ExecContext& ctx, const GemmSpace<T>& space, const Product<T>* p
             for (int64_t j = 0; j < columns; j += NR) {
               for (int64_t row = begin; row < end; row += MR) {
                 const int64_t tile_rows = min_of(MR, end - row);
-                alignas(64) T tile[MR * NR];
-                multiply_tile<ALayout::panel>(k_size, block + row * k_size, MR, tile_rows,
-                                              packed_b + j * k_size, tile);
+                const T* a_panel = block + row * k_size;
+                const T* b_panel = packed_b + j * k_size;
                 T* c = product.c + (chunk + row) * product.c_stride + column + j;
+                if (!is_last && tile_rows == MR && columns - j >= NR) {
+                  multiply_tile<ALayout::panel>(k_size, a_panel, MR, tile_rows, b_panel, c,
+                                                product.c_stride, !is_first);
+                  continue;
+                }
+                alignas(64) T tile[MR * NR];
+                multiply_tile<ALayout::panel>(k_size, a_panel, MR, tile_rows, b_panel, tile, NR,
+                                              false);
                 for_each_vector(tile, tile_rows, columns - j,
                                 [&](Vec<T> x, int64_t i, int64_t at, int64_t lanes) {
                                   T* dst = c + i * product.c_stride + at;

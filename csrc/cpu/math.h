@@ -17,19 +17,31 @@ XLMR_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[kTerms]) {
   return y;
 }
 
-// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; the polynomial's relative error is
-// 3.4e-9. Results below the smallest normal number keep their bits (two factors); NaN stays NaN.
-XLMR_INLINE Vec<float> exp(Vec<float> x) {
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; returns e^r and n. The polynomial's
+// relative error is 3.4e-9.
+XLMR_INLINE Vec<float> exp_reduced(Vec<float> x, Vec<float>& n) {
   const float q[5] = {0x1.000000p-1f, 0x1.555486p-3f, 0x1.555454p-5f, 0x1.124148p-7f,
                       0x1.6dbc64p-10f};
-  x = min(Vec<float>(89.0f), max(Vec<float>(-104.0f), x));
-  const Vec<float> n = round(x * Vec<float>(1.44269504f));
+  n = round(x * Vec<float>(1.44269504f));
   // ln 2 in two parts; the first has 15 trailing zero bits, so n * high is exact.
   Vec<float> r = fma(n, Vec<float>(-0x1.62e400p-1f), x);
   r = fma(n, Vec<float>(-0x1.7f7d1cp-20f), r);
-  const Vec<float> e = fma(r * r, polynomial(r, q), r) + Vec<float>(1.0f);
+  return fma(r * r, polynomial(r, q), r) + Vec<float>(1.0f);
+}
+
+// Any x: results below the smallest normal number keep their bits (two factors); NaN stays NaN.
+XLMR_INLINE Vec<float> exp(Vec<float> x) {
+  Vec<float> n;
+  const Vec<float> e = exp_reduced(min(Vec<float>(89.0f), max(Vec<float>(-104.0f), x)), n);
   const Vec<float> half = round(n * Vec<float>(0.5f));
   return e * pow2(half) * pow2(n - half);
+}
+
+// |x| <= 87, so that the result is a normal number; NaN stays NaN.
+XLMR_INLINE Vec<float> exp_bounded(Vec<float> x) {
+  Vec<float> n;
+  const Vec<float> e = exp_reduced(x, n);
+  return e * pow2(n);
 }
 
 // |x| < 1: x + x P(x^2), relative error 1.3e-9. Above: 1 - exp(-Q(|x|)), absolute error 2.2e-11;
@@ -42,7 +54,8 @@ XLMR_INLINE Vec<float> erf(Vec<float> x) {
   const Vec<float> a = abs(x);
   const Vec<float> near = fma(x, polynomial(x * x, small), x);
   const Vec<float> clamped = min(Vec<float>(4.0f), a);
-  const Vec<float> far = Vec<float>(1.0f) - exp(Vec<float>::zero() - polynomial(clamped, large));
+  const Vec<float> far =
+      Vec<float>(1.0f) - exp_bounded(Vec<float>::zero() - polynomial(clamped, large));
   return select(a < Vec<float>(1.0f), near, copysign(far, x));
 }
 
