@@ -26,7 +26,8 @@ from tolerance import FORWARD, GRADIENT, assert_same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xlmr_ext import PackedBatch, XLMRobertaForSequenceClassification
+from xlmr_ext import PackedBatch, XLMRobertaForSequenceClassification, ops
+from xlmr_ext.layers import ResidualOutput
 
 Classifier = XLMRobertaForSequenceClassification
 
@@ -779,3 +780,57 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
     output.loss.backward()
     for name, grad in gradients(model).items():
         assert_same_bits(grad, wanted[name], name)
+
+
+class _Adapter(ResidualOutput):
+    """A block's end that adds something of its own."""
+
+    def forward(self, x: Tensor, residual: Tensor, dropout: Any, site: int) -> Tensor:
+        return super().forward(x, residual, dropout, site) + 1.0
+
+
+def test_a_replaced_block_is_not_run_past() -> None:
+    model = make_classifier()
+    inputs = batch()
+    plain = model(**inputs).logits
+    layer = model.roberta.encoder.layer[0]
+    adapter = _Adapter(model.config.intermediate_size, model.config)
+    adapter.load_state_dict(layer.output.state_dict())
+    layer.output = adapter
+    assert not torch.allclose(model(**inputs).logits, plain)
+
+
+def test_a_part_in_eval_mode_drops_nothing() -> None:
+    model = make_classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    inputs = batch()
+    wanted = model(**inputs).logits
+    model.train()
+    assert not torch.equal(model(**inputs).logits, wanted)
+    model.roberta.embeddings.eval()
+    model.roberta.encoder.eval()
+    model.classifier.eval()
+    assert_same_bits(model(**inputs).logits, wanted, "all parts in eval mode")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept(
+    mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[bool] = []
+    for name, at in (("feed_forward_forward", 8), ("layer_norm_forward", 8)):
+        whole = getattr(ops, name)
+
+        def spy(*args: Any, whole: Any = whole, at: int = at) -> Any:
+            saved.append(args[at])
+            return whole(*args)
+
+        monkeypatch.setattr(ops, name, spy)
+    model, inputs = make_classifier(), batch()
+    with mode():
+        model(**inputs)
+    assert saved
+    assert not any(saved)
+    saved.clear()
+    model(**inputs)
+    assert saved
+    assert all(saved)

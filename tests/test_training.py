@@ -188,11 +188,31 @@ def test_narrow_vocabulary_stands_back_where_the_table_is_not_plain() -> None:
     tied = StubClassifier()
     tied.decoder = torch.nn.Linear(8, VOCABULARY)
     tied.decoder.weight = tied.roberta.embeddings.word_embeddings.weight
-    for model in (hooked, frozen, tied):
+    masked = StubClassifier()  # the usual way to freeze some rows
+    masked.roberta.embeddings.word_embeddings.weight.register_hook(lambda gradient: gradient)
+    for model in (hooked, frozen, tied, masked):
         assert not NarrowVocabulary.applies(model)  # type: ignore[arg-type]
     before = frozen.state_dict()[WORDS].clone()
     run(frozen, rows(16))
     assert torch.equal(frozen.state_dict()[WORDS], before)
+
+
+def test_a_callback_sees_the_whole_vocabulary_and_changes_nothing() -> None:
+    shapes: list[int] = []
+    results = []
+    for looks in (True, False):
+        torch.manual_seed(3)
+        model = StubClassifier()
+        words = model.roberta.embeddings.word_embeddings
+
+        def look(_: Any, words: torch.nn.Embedding = words) -> None:
+            shapes.append(words.weight.shape[0])
+
+        callback = {"on_epoch": look} if looks else {}
+        run(model, rows(40), dev=rows(10, 1), epochs=3, weight_decay=0.5, **callback)
+        results.append(model.state_dict())
+    assert shapes == [VOCABULARY] * 3
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]]) -> None:
