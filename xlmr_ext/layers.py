@@ -54,6 +54,11 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in _HOOKS)
 
 
+def _is_bare(*containers: nn.Module) -> bool:
+    """Whether a fused function may run past these containers of ours without calling them."""
+    return all(not _has_hooks(m) and "forward" not in m.__dict__ for m in containers)
+
+
 def _computes_alone(module: nn.Module) -> bool:
     """Whether the module is one of ours, or an embedding that is a bare table."""
     if type(module) is nn.Embedding:
@@ -69,16 +74,10 @@ def is_plain(*modules: nn.Module) -> bool:
         _computes_alone(m)
         # A parametrization changes the type; an older weight_norm takes the parameter away; some
         # libraries put a forward of their own on the instance.
-        and not _has_hooks(m)
-        and "forward" not in m.__dict__
+        and _is_bare(m)
         and "weight" in m._parameters
         for m in modules
     )
-
-
-def _is_bare(*containers: nn.Module) -> bool:
-    """Whether a fused function may run past these containers of ours without calling them."""
-    return all(not _has_hooks(m) and "forward" not in m.__dict__ for m in containers)
 
 
 class Dropout:

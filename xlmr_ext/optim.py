@@ -93,7 +93,6 @@ class NarrowVocabulary:
         return bool(
             isinstance(embedding.weight, torch.nn.Parameter)
             and embedding.weight.requires_grad
-            and embedding.max_norm is None
             and uses == 1
             and not hooked
             and padding is not None
