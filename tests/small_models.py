@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from xlmr_ext.checkpoint import PreTrainedModel
 from xlmr_ext.configuration import XLMRobertaConfig
+from xlmr_ext.pretrained import PreTrainedModel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,

@@ -25,8 +25,8 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-from xlmr_ext.checkpoint import PreTrainedModel
 from xlmr_ext.configuration import XLMRobertaConfig
+from xlmr_ext.pretrained import PreTrainedModel
 
 # --- saving and loading -----------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ def test_training_leaves_the_mapped_file_alone(tmp_path: Path) -> None:
 def test_nothing_of_transformers_nor_the_hub_is_imported(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     code = (
-        "import sys; from xlmr_ext.checkpoint import PreTrainedModel\n"
+        "import sys; from xlmr_ext.pretrained import PreTrainedModel\n"
         "from xlmr_ext.configuration import XLMRobertaConfig\n"
         f"XLMRobertaConfig.from_pretrained({str(tmp_path)!r})\n"
         "print([m for m in ('transformers', 'huggingface_hub') if m in sys.modules])"

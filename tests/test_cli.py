@@ -20,8 +20,8 @@ import pytest
 import torch
 from xlmr_vocabulary import write_tiny_vocabulary
 
-from xlmr_ext.arguments import build_parser
 from xlmr_ext.cli import main
+from xlmr_ext.cli.main import build_parser
 from xlmr_ext.threads import available_cpus, cpu_quota
 
 COMMAND = [sys.executable, "-m", "xlmr_ext"]
@@ -519,7 +519,7 @@ def test_no_cgroups_at_all(tmp_path: Path) -> None:
 
 
 def test_thread_count_by_the_environment(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xlmr_ext.cli import _threads
+    from xlmr_ext.cli.console import threads as _threads
 
     arguments = build_parser().parse_args(["info"])
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")

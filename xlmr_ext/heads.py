@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xlmr_ext.checkpoint import PreTrainedModel
 from xlmr_ext.configuration import XLMRobertaConfig
 from xlmr_ext.layers import Linear, dense_tanh
 from xlmr_ext.modeling import XLMRobertaModel, first_rows
 from xlmr_ext.outputs import SequenceClassifierOutput
 from xlmr_ext.packing import PackedBatch
+from xlmr_ext.pretrained import PreTrainedModel
 
 
 class XLMRobertaClassificationHead(nn.Module):

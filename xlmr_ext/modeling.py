@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from xlmr_ext.batch_checks import in_range, integers, on_device, token_mask
-from xlmr_ext.checkpoint import PreTrainedModel
 from xlmr_ext.configuration import XLMRobertaConfig
 from xlmr_ext.layers import (
     Dropout,
@@ -23,6 +22,7 @@ from xlmr_ext.layers import (
 )
 from xlmr_ext.outputs import BaseModelOutputWithPooling
 from xlmr_ext.packing import Kept, PackedBatch, position_ids_of
+from xlmr_ext.pretrained import PreTrainedModel
 
 
 @dataclass

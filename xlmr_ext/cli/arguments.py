@@ -1,0 +1,104 @@
+"""What the commands' arguments share: help in one format, checked numbers, groups of options."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+PROGRAM = "xlmr-ext"
+_FORMATS = ("csv", "tsv", "jsonl", "txt")
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Line breaks as written, and the defaults of the options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        written = "(default: " in (action.help or "")
+        if written or action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_common(parser: argparse.ArgumentParser, *, threads: Any, seed: Any, debug: Any) -> None:
+    group = parser.add_argument_group("options of every command")
+    group.add_argument(
+        "--threads",
+        metavar="N",
+        type=count,
+        default=threads,
+        help="processor threads (default: OMP_NUM_THREADS, else what affinity and the "
+        "container's quota allow)",
+    )
+    group.add_argument(
+        "--seed",
+        metavar="N",
+        type=seed_number,
+        default=seed,
+        help="of all random numbers (default: 42)",
+    )
+    group.add_argument(
+        "--debug", action="store_true", default=debug, help="show the traceback of an error"
+    )
+
+
+def add_columns(group: Any, label_default: str | None) -> None:
+    group.add_argument("--text-column", metavar="NAME", default="text", help="holds the texts")
+    group.add_argument("--pair-column", metavar="NAME", help="holds the second text of a pair")
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        default=label_default,
+        help="holds the labels" if label_default else "holds labels to compare with",
+    )
+    group.add_argument(
+        "--input-format", choices=_FORMATS, help="of the files (default: by the suffix)"
+    )
+    group.add_argument(
+        "--encoding-errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="bytes that are not UTF-8 are an error, or read as U+FFFD",
+    )
+
+
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    hub = parser.add_argument_group("where the model comes from")
+    hub.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub model")
+    hub.add_argument("--cache-dir", metavar="DIR", help="instead of the hub's usual cache")
+    hub.add_argument(
+        "--local-files-only", action="store_true", help="never download; take what the cache has"
+    )
+
+
+def count(text: str) -> int:
+    return int(_number(text, int, lambda value: value >= 1, "a whole number of at least 1"))
+
+
+def seed_number(text: str) -> int:
+    return int(_number(text, int, lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"))
+
+
+def above_zero(text: str) -> float:
+    return _number(text, float, lambda value: value > 0, "a number above 0")
+
+
+def not_negative(text: str) -> float:
+    return _number(text, float, lambda value: value >= 0, "a number of 0 or more")
+
+
+def share(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(
+    text: str, kind: Callable[[str], float], holds: Callable[[float], bool], expected: str
+) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value

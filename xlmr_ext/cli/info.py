@@ -1,0 +1,43 @@
+"""``xlmr-ext info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from xlmr_ext.cli.console import threads, use_threads
+
+NAME = "info"
+SUMMARY = "describe this build and machine"
+DESCRIPTION = """\
+Say what this build is and how it would run here: version, compiler, kernel tables, the one chosen
+and why, threads, torch, CUDA. XLMR_EXT_ISA chooses a table."""
+
+EXAMPLES = """\
+examples:
+  xlmr-ext info
+  xlmr-ext info --json
+  XLMR_EXT_ISA=baseline xlmr-ext info"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    count = use_threads(arguments)
+    from xlmr_ext import build_info
+
+    info = dict(build_info())
+    info["threads"] = count
+    info["threads_by"] = threads(arguments)[1]
+    if arguments.json:
+        print(json.dumps(info, indent=2, default=str))
+        return 0
+    width = max(map(len, info))
+    for key, value in info.items():
+        for name, part in value.items() if isinstance(value, dict) else [(None, value)]:
+            shown = ", ".join(map(str, part)) if isinstance(part, list | tuple) else str(part)
+            label = key if name is None else f"  {name}"
+            print(f"{label:<{width}}  {shown}")
+    return 0

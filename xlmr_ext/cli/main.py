@@ -1,0 +1,140 @@
+"""The parser of the whole command line, the choice of a command, and errors as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Any, Protocol, cast
+
+from xlmr_ext import __version__
+from xlmr_ext.chance import ChanceWarning
+from xlmr_ext.cli import demo, finetune, info, predict
+from xlmr_ext.cli.arguments import PROGRAM, Help, add_common
+from xlmr_ext.cli.console import say
+
+
+class Command(Protocol):
+    """What a command's module has."""
+
+    NAME: str
+    SUMMARY: str
+    DESCRIPTION: str
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int: ...
+
+
+# In the order of --help.
+COMMANDS = {module.NAME: cast(Command, module) for module in (finetune, predict, demo, info)}
+
+_DESCRIPTION = """\
+XLM-R on compiled kernels: fine-tune a classifier on text in one language, label text in a
+hundred."""
+
+_EXAMPLES = """\
+examples:
+  xlmr-ext demo
+  xlmr-ext finetune --model FacebookAI/xlm-roberta-base --train train.csv --dev dev.csv \\
+      --output topics
+  xlmr-ext predict --model topics --input new.txt > labelled.tsv
+  xlmr-ext info
+
+exit codes: 0 done, 1 the work failed (one sentence on stderr says why), 2 bad usage.
+`xlmr-ext COMMAND --help` has the options and examples of each command."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; its defaults are the documented ones."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=Help
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    add_common(parser, threads=None, seed=42, debug=False)
+    # The same options after the command's name; there they say nothing unless they are given.
+    quiet = argparse.SUPPRESS
+    common = argparse.ArgumentParser(add_help=False)
+    add_common(common, threads=quiet, seed=quiet, debug=quiet)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.DESCRIPTION,
+            epilog=command.EXAMPLES,
+            formatter_class=Help,
+            parents=[common],
+        )
+        subparser.set_defaults(parser=subparser)
+        command.add_arguments(subparser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 (the work failed) or 2 (bad usage)."""
+    parser = build_parser()
+    try:
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help(sys.stderr)
+            return 2
+        return _run(arguments)
+    except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for bad usage
+        return stop.code if isinstance(stop.code, int) else 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Runs a command; every failure becomes one sentence on stderr and exit code 1."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        warnings.simplefilter("always", ChanceWarning)
+        # What loading says of missing and unused weights is decided here, by refuse_missing.
+        logger = logging.getLogger("xlmr_ext")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            result = COMMANDS[arguments.command].run(arguments)
+        except KeyboardInterrupt as stop:
+            if arguments.debug:
+                traceback.print_exc()
+            say(f"{stop}" or "stopped")
+            return 1
+        except BrokenPipeError:
+            return _closed_pipe()
+        except Exception as error:
+            if arguments.debug:
+                traceback.print_exc()
+            say(f"error: {_sentence(error)}")
+            return 1
+        finally:
+            logger.setLevel(level)
+        return result
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    text = " ".join(str(error).split())
+    expected = (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError)
+    if text and isinstance(error, expected):
+        return text
+    return f"{type(error).__name__}{': ' if text else ''}{text} (--debug shows where)"
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {' '.join(str(message).split())}")
+
+
+def _closed_pipe() -> int:
+    """The reader has what it wanted (`| head`); the interpreter must not flush into the pipe."""
+    try:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+    return 0
