@@ -105,12 +105,17 @@ def assert_parity(
     oracle: Mapping[str, Tensor],
     theirs: Mapping[str, Tensor],
     factor: float,
+    without_effect: tuple[str, ...] = (),
 ) -> None:
     """Our errors against the float64 oracle are at most ``factor`` times transformers' in float32.
 
     The rule of tolerance.py, for a whole model: the tensors share the rounding of everything before
     them, and one of few elements may by luck be hit almost exactly; so transformers' error counts
     as its largest relative error over all tensors.
+
+    The gradient of a bias that shifts everything a softmax sees is 0: all that it has is rounding,
+    of what the gradient of its weight sums as well. The keys' biases are such; ``without_effect``
+    names others.
     """
     assert ours.keys() == oracle.keys() == theirs.keys()
     unit = torch.finfo(torch.float32).eps
@@ -122,9 +127,8 @@ def assert_parity(
         assert right.isfinite().all(), name
         assert ours[name].isfinite().all(), name
         errors[name] = (theirs[name].double() - right).abs().max().item()
-        # The gradient of a key's bias is 0 (softmax ignores a shift): all that it has is rounding,
-        # of what the gradient of the key's weight sums as well.
-        like = name.replace("key.bias", "key.weight")
+        shifts = name.endswith(("key.bias", *without_effect))
+        like = name.removesuffix("bias") + "weight" if shifts else name
         scales[name] = oracle[like].abs().max().item()
         assert scales[name] > 0, f"{name}: nothing to compare"
     relative = max(errors[name] / scales[name] for name in oracle)

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xlmr_ext._launch import build_info
     from xlmr_ext.configuration import XLMRobertaConfig
-    from xlmr_ext.heads import XLMRobertaForSequenceClassification
+    from xlmr_ext.heads import (
+        XLMRobertaForMultipleChoice,
+        XLMRobertaForQuestionAnswering,
+        XLMRobertaForSequenceClassification,
+        XLMRobertaForTokenClassification,
+    )
     from xlmr_ext.modeling import XLMRobertaModel
     from xlmr_ext.packing import PackedBatch
     from xlmr_ext.tokenization import XLMRobertaTokenizer
@@ -22,7 +27,10 @@ __version__ = "0.1.0"
 _HOME = {
     "PackedBatch": "xlmr_ext.packing",
     "XLMRobertaConfig": "xlmr_ext.configuration",
+    "XLMRobertaForMultipleChoice": "xlmr_ext.heads",
+    "XLMRobertaForQuestionAnswering": "xlmr_ext.heads",
     "XLMRobertaForSequenceClassification": "xlmr_ext.heads",
+    "XLMRobertaForTokenClassification": "xlmr_ext.heads",
     "XLMRobertaModel": "xlmr_ext.modeling",
     "XLMRobertaTokenizer": "xlmr_ext.tokenization",
     "build_info": "xlmr_ext._launch",
@@ -31,7 +39,10 @@ _HOME = {
 __all__ = [
     "PackedBatch",
     "XLMRobertaConfig",
+    "XLMRobertaForMultipleChoice",
+    "XLMRobertaForQuestionAnswering",
     "XLMRobertaForSequenceClassification",
+    "XLMRobertaForTokenClassification",
     "XLMRobertaModel",
     "XLMRobertaTokenizer",
     "__version__",

@@ -1,4 +1,4 @@
-"""Task heads on the encoder."""
+"""Task heads on the encoder; parameter names, arguments and outputs as in transformers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xlmr_ext.configuration import XLMRobertaConfig
 from xlmr_ext.layers import Linear, dense_tanh
+from xlmr_ext.losses import classification_loss, cross_entropy, span_loss
 from xlmr_ext.modeling import XLMRobertaModel, first_rows
-from xlmr_ext.outputs import SequenceClassifierOutput
+from xlmr_ext.outputs import (
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from xlmr_ext.packing import PackedBatch
 from xlmr_ext.pretrained import PreTrainedModel
 
@@ -21,9 +26,8 @@ class XLMRobertaClassificationHead(nn.Module):
 
     def __init__(self, config: XLMRobertaConfig) -> None:
         super().__init__()
-        p = config.classifier_dropout
         self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if p is None else p)
+        self.dropout = nn.Dropout(head_dropout(config))
         self.out_proj = Linear(config.hidden_size, config.num_labels)
 
     def forward(self, first: Tensor) -> Tensor:
@@ -89,56 +93,250 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
         )
         first = _first_tokens(outputs.last_hidden_state, attention_mask, packed)
         logits = self.classifier(first)
-        loss = None if labels is None else self.loss(logits, labels)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config.problem_type)
         output = SequenceClassifierOutput(loss, logits, outputs.hidden_states)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of logits [B, num_labels] under ``labels``; see the class."""
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels are {type(labels).__name__}; expected a tensor")
-        if labels.device != logits.device:
-            raise ValueError(f"labels are on {labels.device}; the model is on {logits.device}")
-        problem = self.config.problem_type or _problem_type(self.num_labels, labels)
-        if problem == "single_label_classification":
-            return self._cross_entropy(logits, labels.reshape(-1))
-        # With one output, [B] and [B, 1] are the same.
-        if labels.shape != logits.shape and not (
-            self.num_labels == 1 and labels.numel() == logits.numel()
-        ):
+
+class XLMRobertaForTokenClassification(PreTrainedModel):
+    """XLM-R with a classifier on every token."""
+
+    base_model_prefix = "roberta"
+
+    def __init__(self, config: XLMRobertaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(head_dropout(config))
+        self.classifier = Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        packed: PackedBatch | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Classifies the tokens of a padded batch, or of a packed one.
+
+        Args:
+            labels: [B, S] class indices, [N] for packed input; -100 does not count (the places of
+                padding, as a rule). The others: see :meth:`XLMRobertaModel.forward`.
+
+        Returns:
+            :class:`TokenClassifierOutput`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`XLMRobertaModel.forward`, or labels of another type,
+                shape or range.
+        """
+        outputs = self.roberta(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+            packed=packed,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        output = TokenClassifierOutput(loss, logits, outputs.hidden_states)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+
+class XLMRobertaForQuestionAnswering(PreTrainedModel):
+    """XLM-R with two scores a token: of being an answer's first, and its last.
+
+    Masked places take no part in the softmax of the loss, so that a text has the same loss alone
+    and in a batch; transformers lets them take part.
+    """
+
+    base_model_prefix = "roberta"
+
+    def __init__(self, config: XLMRobertaConfig) -> None:
+        if config.num_labels != 2:
             raise ValueError(
-                f"labels have shape {list(labels.shape)}; expected {list(logits.shape)} for "
-                f"{problem}"
+                f"num_labels is {config.num_labels}; an answer has 2, start and end (num_labels=2)"
             )
-        targets = labels.reshape(logits.shape).to(logits.dtype)
-        if problem == "regression":
-            return F.mse_loss(logits, targets)
-        return F.binary_cross_entropy_with_logits(logits, targets)
+        super().__init__(config)
+        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
+        self.qa_outputs = Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"labels are {labels.dtype}; expected class indices (torch.int64)")
-        if labels.shape[0] != logits.shape[0]:
-            raise ValueError(f"{labels.shape[0]} labels came for a batch of {logits.shape[0]}")
-        if not torch.compiler.is_compiling():
-            counted = labels[labels != -100]  # torch's mark for "does not count"
-            if counted.numel():
-                low, high = (int(x) for x in torch.aminmax(counted))
-                if low < 0 or high >= self.num_labels:
-                    raise ValueError(
-                        f"labels hold {low if low < 0 else high}; expected 0 to "
-                        f"{self.num_labels - 1}, or -100"
-                    )
-        return F.cross_entropy(logits, labels.long())
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        packed: PackedBatch | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
+        """Scores the tokens of a padded batch, or of a packed one.
+
+        Args:
+            start_positions, end_positions: [B] the answer's first and last token, counted in its
+                row; S or more does not count. The others: see :meth:`XLMRobertaModel.forward`.
+
+        Returns:
+            :class:`QuestionAnsweringModelOutput`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`XLMRobertaModel.forward`, or positions of another type,
+                shape or range, or at a masked place.
+        """
+        outputs = self.roberta(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+            packed=packed,
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        if attention_mask is not None:
+            masked = (attention_mask == 0)[..., None]
+            logits = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
+        start, end = (part.contiguous() for part in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            rows = logits if packed is None else _padded(logits, packed)
+            loss = span_loss(rows[..., 0], rows[..., 1], start_positions, end_positions)
+        output = QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
 
-def _problem_type(num_labels: int, labels: Tensor) -> str:
-    if num_labels == 1:
-        return "regression"
-    if labels.is_floating_point():
-        return "multi_label_classification"
-    return "single_label_classification"
+class XLMRobertaForMultipleChoice(PreTrainedModel):
+    """XLM-R that scores each of K continuations of a text; the softmax runs over the K."""
+
+    base_model_prefix = "roberta"
+
+    def __init__(self, config: XLMRobertaConfig) -> None:
+        super().__init__(config)
+        self.roberta = XLMRobertaModel(config)
+        self.dropout = nn.Dropout(head_dropout(config))
+        self.classifier = Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        packed: PackedBatch | None = None,
+        num_choices: int | None = None,
+    ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
+        """Scores the choices of a padded batch, or of a packed one.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: [B, K, S].
+            inputs_embeds: [B, K, S, hidden], instead of ``input_ids``.
+            labels: [B] the right choice, 0 to K - 1.
+            packed: B * K sequences, the K of a text one behind the other.
+            num_choices: K, for packed input only.
+
+        Returns:
+            :class:`MultipleChoiceModelOutput`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`XLMRobertaModel.forward`, or labels of another type,
+                shape or range, or sequences that are no multiple of ``num_choices``.
+        """
+        flat = {}
+        for name, tensor, trailing in (
+            ("input_ids", input_ids, 1),
+            ("attention_mask", attention_mask, 1),
+            ("token_type_ids", token_type_ids, 1),
+            ("position_ids", position_ids, 1),
+            ("inputs_embeds", inputs_embeds, 2),
+        ):
+            if isinstance(tensor, Tensor):
+                if tensor.dim() != trailing + 2:
+                    shape = "[batch, choices, length" + (", hidden]" if trailing == 2 else "]")
+                    raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {shape}")
+                flat[name] = tensor.flatten(0, 1)
+        choices = self._num_choices(input_ids, inputs_embeds, packed, num_choices)
+        outputs = self.roberta(
+            **flat,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            packed=packed,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output)).reshape(-1, choices)
+        loss = None if labels is None else cross_entropy(logits, labels)
+        output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    @staticmethod
+    def _num_choices(
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        packed: PackedBatch | None,
+        num_choices: int | None,
+    ) -> int:
+        if packed is None:
+            if num_choices is not None:
+                raise ValueError("num_choices came without packed; padded input has its own")
+            like = inputs_embeds if input_ids is None else input_ids
+            if like is None:
+                raise ValueError(
+                    "neither of input_ids and inputs_embeds came; expected one of them"
+                )
+            return like.shape[1]
+        if num_choices is None or num_choices < 1 or packed.batch_size % num_choices:
+            raise ValueError(
+                f"num_choices is {num_choices} for {packed.batch_size} packed sequences; expected "
+                "a divisor of their number"
+            )
+        return num_choices
+
+
+def head_dropout(config: XLMRobertaConfig) -> float:
+    """The heads' dropout probability."""
+    p = config.classifier_dropout
+    return config.hidden_dropout_prob if p is None else p
+
+
+def _padded(logits: Tensor, packed: PackedBatch) -> Tensor:
+    """Packed logits [N, 2] as [B, S, 2]; where there is no token, the lowest number there is."""
+    lengths = packed.cu_seqlens.diff()[:, None]
+    present = torch.arange(packed.max_seqlen, device=logits.device) < lengths
+    full = logits.new_full((*present.shape, logits.shape[1]), torch.finfo(logits.dtype).min)
+    return full.masked_scatter(present[..., None], logits)
 
 
 def _first_tokens(

@@ -75,6 +75,53 @@ class SequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+@dataclass
+class TokenClassifierOutput(ModelOutput):
+    """Output of :class:`XLMRobertaForTokenClassification`.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: [B, S, num_labels]; [N, num_labels] for packed input.
+        hidden_states: as in :class:`BaseModelOutputWithPooling`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """Output of :class:`XLMRobertaForQuestionAnswering`.
+
+    Attributes:
+        loss: scalar, where both positions were given.
+        start_logits, end_logits: [B, S], the lowest number of their type at masked places; [N] for
+            packed input.
+        hidden_states: as in :class:`BaseModelOutputWithPooling`.
+    """
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MultipleChoiceModelOutput(ModelOutput):
+    """Output of :class:`XLMRobertaForMultipleChoice`.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: [B, K], one score a choice.
+        hidden_states: of the B * K rows, as in :class:`BaseModelOutputWithPooling`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
 def _register(cls: type[ModelOutput]) -> None:
     # So that torch.compile, DistributedDataParallel and torch.func look inside.
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
@@ -86,7 +133,20 @@ def _register(cls: type[ModelOutput]) -> None:
     )
 
 
-_register(BaseModelOutputWithPooling)
-_register(SequenceClassifierOutput)
+for _cls in (
+    BaseModelOutputWithPooling,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+    QuestionAnsweringModelOutput,
+    MultipleChoiceModelOutput,
+):
+    _register(_cls)
 
-__all__ = ["BaseModelOutputWithPooling", "ModelOutput", "SequenceClassifierOutput"]
+__all__ = [
+    "BaseModelOutputWithPooling",
+    "ModelOutput",
+    "MultipleChoiceModelOutput",
+    "QuestionAnsweringModelOutput",
+    "SequenceClassifierOutput",
+    "TokenClassifierOutput",
+]

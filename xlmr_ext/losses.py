@@ -1,0 +1,118 @@
+"""Losses of the heads, with their labels checked; reduction and conventions as in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100  # torch's mark for a label that does not count
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Mean loss of logits [B, L].
+
+    Args:
+        labels: [B] class indices (or :data:`IGNORED`) for ``single_label_classification``; [B, L]
+            of 0 and 1 for ``multi_label_classification``; [B, L] numbers, or [B] where L is 1, for
+            ``regression``.
+        problem_type: None tells it from L and the labels' type, as transformers does.
+
+    Raises:
+        TypeError, ValueError: labels of another type, shape, device or range.
+    """
+    _on_device_of(logits, "labels", labels)
+    problem = problem_type or _problem_type(logits.shape[1], labels)
+    if problem == "single_label_classification":
+        return cross_entropy(logits, labels)
+    # With one output, [B] and [B, 1] are the same.
+    if labels.shape != logits.shape and not (
+        logits.shape[1] == 1 and labels.numel() == logits.numel()
+    ):
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}; expected {list(logits.shape)} for {problem}"
+        )
+    targets = labels.reshape(logits.shape).to(logits.dtype)
+    if problem == "regression":
+        return F.mse_loss(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that count of -log softmax(logits)[label].
+
+    Args:
+        logits: [..., L].
+        labels: as many as there are rows of logits: whole numbers in [0, L), or :data:`IGNORED`.
+    """
+    _on_device_of(logits, "labels", labels)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels are {labels.dtype}; expected class indices (torch.int64)")
+    rows, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if targets.shape[0] != rows.shape[0]:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}; expected {list(logits.shape[:-1])}"
+        )
+    if not torch.compiler.is_compiling():
+        counted = targets[targets != IGNORED]
+        if counted.numel():
+            low, high = (int(x) for x in torch.aminmax(counted))
+            if low < 0 or high >= rows.shape[1]:
+                raise ValueError(
+                    f"labels hold {low if low < 0 else high}; expected 0 to {rows.shape[1] - 1}, "
+                    f"or {IGNORED}"
+                )
+    return F.cross_entropy(rows, targets.long())
+
+
+def span_loss(
+    start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor
+) -> Tensor:
+    """Mean of the cross entropies of an answer's first and last token.
+
+    Args:
+        start_logits, end_logits: [B, S].
+        start_positions, end_positions: [B] or [B, 1] whole numbers; one of S or more (the answer
+            lies in a part that was cut off) does not count.
+    """
+    return (
+        _position_loss("start_positions", start_logits, start_positions)
+        + _position_loss("end_positions", end_logits, end_positions)
+    ) / 2
+
+
+def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
+    _on_device_of(logits, name, positions)
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"{name} are {positions.dtype}; expected token positions (torch.int64)")
+    batch, length = logits.shape
+    if tuple(positions.shape) not in ((batch,), (batch, 1)):
+        raise ValueError(f"{name} have shape {list(positions.shape)}; expected [{batch}]")
+    targets = positions.reshape(-1).long().clamp(max=length)
+    if not torch.compiler.is_compiling() and batch:
+        if int(targets.min()) < 0:
+            raise ValueError(f"{name} hold {int(targets.min())}; expected 0 or more")
+        # Masked places have the lowest logit there is: no text has an answer there.
+        inside = targets.clamp(max=length - 1)[:, None]
+        lost = (targets < length) & (
+            logits.detach().gather(1, inside)[:, 0] == torch.finfo(logits.dtype).min
+        )
+        if bool(lost.any()):
+            row = int(lost.nonzero()[0])
+            raise ValueError(f"{name}[{row}] is {int(targets[row])}, where the text is masked")
+    return F.cross_entropy(logits, targets, ignore_index=length)
+
+
+def _on_device_of(logits: Tensor, name: str, labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} are {type(labels).__name__}; expected a tensor")
+    if labels.device != logits.device:
+        raise ValueError(f"{name} are on {labels.device}; the model is on {logits.device}")
+
+
+def _problem_type(num_labels: int, labels: Tensor) -> str:
+    if num_labels == 1:
+        return "regression"
+    if labels.is_floating_point():
+        return "multi_label_classification"
+    return "single_label_classification"
