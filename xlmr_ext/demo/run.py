@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xlmr_ext.charts import can_draw, draw_bars, draw_loss
 from xlmr_ext.demo.sentences import (
     Language,
     evaluation_sentences,
@@ -227,24 +227,28 @@ def _draw(
     output: Path,
 ) -> list[Path]:
     """Draw the charts into ``output``; nothing where matplotlib is absent."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         return []
     from xlmr_ext.chance import guessing_loss
-    from xlmr_ext.demo.charts import draw_accuracy, draw_loss
 
     loss, accuracy = output / "loss_curve.png", output / "accuracy.png"
     draw_loss(
         result.losses,
         [record.train_loss for record in result.history],
         [record.step for record in result.history],
-        guessing_loss([topics.index(label) for label in labels]),
         loss,
+        guessing_loss=guessing_loss([topics.index(label) for label in labels]),
+        title="Loss on the English training sentences",
     )
-    draw_accuracy(
-        {outcome.language: outcome.accuracy for outcome in outcomes},
-        1 / len(topics),
-        _TRAINED_ON,
+    # English names: the charts' font lacks most scripts.
+    draw_bars(
+        [outcome.language.name for outcome in outcomes],
+        [outcome.accuracy for outcome in outcomes],
         accuracy,
+        title=f"Topics of the same sentences, trained on {_TRAINED_ON} alone",
+        label="accuracy (%)",
+        kinds=[outcome.language.script for outcome in outcomes],
+        chance=1 / len(topics),
     )
     return [loss, accuracy]
 
