@@ -25,6 +25,7 @@ BATCHES = ("1x16", "1x128", "1x512", "8x128", "32x32", "ragged")
 # XLMR_EXT_ISA, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS
 LIMITS = {
     "avx2": ("avx2", "avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "avx512", "AVX512_CORE", "AVX512"),
     "none": ("", "", "", ""),
 }
 VARIABLES = (

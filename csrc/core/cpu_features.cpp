@@ -9,6 +9,10 @@ uint32_t cpu_features() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2")) features |= kFeatureAvx2;
   if (__builtin_cpu_supports("fma")) features |= kFeatureFma;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    features |= kFeatureAvx512;
+  }
 #endif
   return features;
 }
@@ -17,6 +21,7 @@ const char* missing_feature(uint32_t required, uint32_t available) {
   const uint32_t missing = required & ~available;
   if (missing & kFeatureAvx2) return "AVX2";
   if (missing & kFeatureFma) return "FMA";
+  if (missing & kFeatureAvx512) return "AVX-512 (F, BW, DQ, VL)";
   return nullptr;
 }
 

@@ -8,6 +8,7 @@ namespace xlmr {
 enum Feature : uint32_t {
   kFeatureAvx2 = 1u << 0,
   kFeatureFma = 1u << 1,
+  kFeatureAvx512 = 1u << 2,  // F, BW, DQ and VL: every processor with AVX-512 since 2017
 };
 
 // The features that this process may use (bits of Feature).

@@ -15,12 +15,20 @@ namespace avx2 {
 extern const KernelTable table;
 }
 #endif
+#if defined(XLMR_HAVE_AVX512)
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
 
 const std::vector<TableInfo>& built_tables() {
   static const std::vector<TableInfo> tables = {
       {&baseline::table, 0},
 #if defined(XLMR_HAVE_AVX2)
       {&avx2::table, kFeatureAvx2 | kFeatureFma},
+#endif
+#if defined(XLMR_HAVE_AVX512)
+      {&avx512::table, kFeatureAvx2 | kFeatureFma | kFeatureAvx512},
 #endif
   };
   return tables;

@@ -9,9 +9,9 @@
 namespace xlmr::XLMR_ISA {
 namespace {
 
-constexpr int64_t kQueries = 10 * Tile<float>::kRows;  // rows of a score block
-constexpr int64_t kKeys = 128;                         // columns, at most; a multiple of 4
-constexpr int64_t kKeysPadded = kKeys + 32;            // room for a whole group of the mask
+constexpr int64_t kQueries = 60;             // rows of a score block; a multiple of every MR
+constexpr int64_t kKeys = 128;               // columns, at most; a multiple of 4
+constexpr int64_t kKeysPadded = kKeys + 32;  // room for a whole group of the mask
 constexpr double kInfinity = __builtin_huge_val();
 
 static_assert(kKeys % DropoutMask<float>::kGroup == 0, "the mask is made a group at a time");

@@ -15,14 +15,15 @@ namespace {
 
 template <class T>
 struct Tile {
-  static constexpr int kRows = 6;     // MR: 12 accumulators, 2 of B and 1 of A fill 16 registers
-  static constexpr int kVectors = 2;  // of one row
+  // MR: of 16 registers 12 are accumulators, 2 hold B and 1 A; of 32, 24 are accumulators.
+  static constexpr int kRows = kVectorRegisters == 32 ? 12 : 6;
+  static constexpr int kVectors = 2;                        // of one row
   static constexpr int kColumns = kVectors * Vec<T>::size;  // NR
 };
 
-constexpr int64_t kBlockK = 384;        // a panel of B (24 KiB in float32) stays in L1
-constexpr int64_t kBlockRows = 32 * 6;  // of A, passed over by all panels of a task: 288 KiB, in L2
-constexpr int64_t kBlockPanels = 6;     // panels of B in one task: 144 KiB, in L2
+constexpr int64_t kBlockK = 384;     // a panel of B (24 KiB in float32) stays in L1
+constexpr int64_t kBlockRows = 192;  // of A, passed over by all panels of a task: 288 KiB, in L2
+constexpr int64_t kBlockPanels = 6;  // panels of B in one task: 144 KiB, in L2
 constexpr int64_t kPackBytes = 8 << 20;  // packed A, all threads together: in L3
 
 // Element (i, j) of a matrix is data[i * row + j * column].
@@ -49,13 +50,13 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t
                                              bool add) {
   constexpr int MR = Tile<T>::kRows, NV = Tile<T>::kVectors, V = Vec<T>::size;
   Vec<T> acc[MR][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>::zero();
   }
   const T* row[MR];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     row[i] = kLayout == ALayout::row_major ? a + min_of<int64_t>(i, rows - 1) * a_stride : a + i;
   }
@@ -64,7 +65,7 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t
     Vec<T> bv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) bv[v] = Vec<T>::load(b + v * V);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const Vec<T> av(kLayout == ALayout::row_major ? row[i][k] : a[i]);
 #pragma GCC unroll 4
@@ -73,7 +74,7 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t
     b += NV * V;
     if (kLayout == ALayout::panel) a += a_stride;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -139,13 +140,13 @@ void pack_panel(MatrixView<T> m, int64_t rows, int64_t k_size, T* dst) {
     for (; k + V <= k_size; k += V) {
       for (int i = 0; i < kWidth; i += V) {
         Vec<T> block[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; ++j) {
           block[j] = i + j < kWidth && i + j < rows ? Vec<T>::load(m.data + (i + j) * m.row + k)
                                                     : Vec<T>::zero();
         }
         transpose(block);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int j = 0; j < V; ++j) write(k + j, i, block[j]);
       }
     }

@@ -43,6 +43,8 @@ struct Vec;
 
 #if !defined(XLMR_VEC_NATIVE)
 
+constexpr int kVectorRegisters = 16;
+
 template <class T>
 struct LaneTypes;
 template <>
