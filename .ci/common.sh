@@ -53,3 +53,18 @@ build_native() {  # build_native DIRECTORY [CMAKE OPTION...]
     { cat "$scratch/cmake.log"; return 1; }
   .venv/bin/cmake --build "$1"
 }
+
+# The names of the tables that a report of the native tests says were run.
+tables_run() { awk '/ cases / { print $1 }' "$1" | sort -u | paste -sd ' '; }
+
+# The compiler for aarch64 and the emulator that runs what it builds.
+install_cross_tools() {
+  if command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; then return; fi
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    fail "no aarch64-linux-gnu-g++ or no qemu-aarch64" \
+      "(on Debian: apt-get install g++-aarch64-linux-gnu qemu-user)"
+  fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    g++-aarch64-linux-gnu qemu-user >"$scratch/apt.log" || { cat "$scratch/apt.log"; return 1; }
+}

@@ -42,12 +42,22 @@ struct LinearForward {
   int64_t parts;  // 1 to 3; an addend or an activation needs parts = 1
   const void* x;  // [N, in]
   int64_t x_stride;
-  const void* weight[3];  // [out, in] each
+  bool packed;            // the weights were laid out by pack_weight of the same table
+  const void* weight[3];  // [out, in] each, or packed
   const void* bias[3];    // [out] each; may be null
   const void* addend;     // [N, out], added before the activation; may be null
   int64_t addend_stride;
   void* y[3];  // [N, out] each
   int64_t y_stride;
+};
+
+// Lays out a weight as the products of this table read it: for weights that are used many times.
+// The layout is the table's own affair; it has KernelTable::packed_bytes() bytes.
+struct PackWeight {
+  DType dtype;
+  int64_t out_features, in_features;
+  const void* weight;  // [out, in]
+  void* packed;
 };
 
 // With dz_p = dy_p * act'(z):  dx = sum_p dz_p W_p,  dW_p = dz_p^T x,  db_p = sum_rows dz_p.
@@ -75,9 +85,10 @@ struct FeedForwardForward {
   int64_t rows, hidden, inner;
   const void* x;  // [N, hidden]
   int64_t x_stride;
-  const void* up_weight;      // W1 [inner, hidden]
+  bool packed;                // the weights were laid out by pack_weight of the same table
+  const void* up_weight;      // W1 [inner, hidden], or packed
   const void* up_bias;        // [inner]; may be null
-  const void* down_weight;    // W2 [hidden, inner]
+  const void* down_weight;    // W2 [hidden, inner], or packed
   const void* down_bias;      // [hidden]; may be null
   const void* hidden_addend;  // [N, inner]; may be null
   int64_t hidden_addend_stride;
@@ -117,7 +128,10 @@ struct AttentionForward {
   int64_t max_seqlen;                         // the longest sequence, or more
   const int32_t* cu_seqlens;  // [batch + 1], ascending, cu_seqlens[0] = 0, last = rows
   double scale;
-  Dropout dropout;    // on the probabilities; row = packed query row, column = key
+  Dropout dropout;  // on the probabilities; row = packed query row, column = key
+  // Only the first token of every sequence asks: query, out and lse have `batch` rows instead of N,
+  // and out and lse are 0 where a sequence is empty. Dropout's rows stay the packed ones.
+  bool first_only;
   const void* query;  // [N, num_heads * head_size]
   int64_t query_stride;
   const void* key;
@@ -138,6 +152,9 @@ struct AttentionBackward {
   const int32_t* cu_seqlens;
   double scale;
   Dropout dropout;
+  // As the forward's: dout, query, out, lse and dquery have `batch` rows then, and dquery is 0
+  // where a sequence is empty.
+  bool first_only;
   const void* dout;  // [N, num_heads * head_size]
   int64_t dout_stride;
   const void* query;
@@ -149,10 +166,11 @@ struct AttentionBackward {
   const void* out;  // the forward's
   int64_t out_stride;
   const void* lse;  // the forward's, [num_heads, N]
-  void* dquery;     // [N, num_heads * head_size], all three with dqkv_stride
-  void* dkey;
+  void* dquery;     // [N, num_heads * head_size]
+  int64_t dquery_stride;
+  void* dkey;  // [N, num_heads * head_size], like dvalue
   void* dvalue;
-  int64_t dqkv_stride;
+  int64_t dkv_stride;
 };
 
 // sum = dropout(x) + residual;  y = (sum - mean) * rstd * weight + bias;
@@ -252,6 +270,8 @@ struct Op {
 
 struct KernelTable {
   const char* name;
+  int64_t (*packed_bytes)(DType dtype, int64_t out_features, int64_t in_features);  // or -1
+  Op<PackWeight> pack_weight;
   Op<LinearForward> linear_forward;
   Op<LinearBackward> linear_backward;
   Op<FeedForwardForward> feed_forward_forward;

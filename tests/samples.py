@@ -111,6 +111,12 @@ def op_calls(
         out, lse = OPS.attention_forward(query, key, value, *shape)
         back = (grad, query, key, value, out, lse, *shape)
         yield OpCall(name, "attention_backward", back)
+        first = make(len(lengths), hidden)
+        asked = (first, key, value, *shape, True)
+        yield OpCall(f"{name}, first_only", "attention_forward", asked)
+        out, lse = OPS.attention_forward(*asked)
+        back = (make(len(lengths), hidden), *asked[:3], out, lse, *shape, True)
+        yield OpCall(f"{name}, first_only", "attention_backward", back)
 
         residual, weight, shift = make(rows, hidden), make(hidden), make(hidden)
         norm = (x, residual, weight, shift, 1e-5, *how, True)

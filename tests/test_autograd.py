@@ -116,6 +116,14 @@ def make_cases(
             *(make(rows, hidden) for _ in range(3)),
         )
         add(
+            "attention first_only" + name,
+            lambda m, q, k, v, how=how: m.attention(
+                q, k, v, cu_seqlens, longest, heads, first_only=True, **how
+            ),
+            "query key value",
+            *(make(count, hidden) for count in (len(lengths), rows, rows)),
+        )
+        add(
             "layer_norm" + name,
             lambda m, *t, how=how: m.residual_layer_norm(*t, eps=1e-5, **how),
             "x residual weight bias",

@@ -199,11 +199,29 @@ def test_positions_and_types_of_another_shape(
     refused(model, ValueError, name, str(list(shape)), **good(), **given)
 
 
-def test_attentions_are_refused(model: XLMRobertaForSequenceClassification) -> None:
-    refused(model, ValueError, "output_attentions", **good(), output_attentions=True)
-    configured = make_encoder(output_attentions=True)
-    refused(configured, ValueError, "output_attentions", **good())
-    assert configured(**good(), output_attentions=False).last_hidden_state.isfinite().all()
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("past_key_values", (), "no cache"),
+        ("encoder_hidden_states", torch.zeros(1), "cross-attention"),
+        ("encoder_attention_mask", torch.ones(1), "cross-attention"),
+        ("is_causal", True, "whole text"),
+        ("head_mask", torch.ones(2, 3), "not switched off"),
+        ("output_router_logits", True, "no experts"),
+        ("cu_seq_lens_q", torch.tensor([0, 5]), "packed=PackedBatch"),
+        ("max_length_k", 5, "packed=PackedBatch"),
+        ("seq_idx", torch.zeros(1, 5), "packed=PackedBatch"),
+    ],
+)
+def test_arguments_of_transformers_that_change_nothing_or_are_refused(
+    model: XLMRobertaForSequenceClassification, name: str, value: Any, why: str
+) -> None:
+    inputs = good()
+    wanted = model(**inputs).logits
+    assert torch.equal(model(**inputs, use_cache=True, **{name: None}).logits, wanted)
+    refused(model, ValueError, name, why, **inputs, **{name: value})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'atention_mask'"):
+        model(inputs["input_ids"], atention_mask=None)
 
 
 # --- Devices and memory layouts -------------------------------------------------------------------

@@ -383,8 +383,8 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
 
 def test_unknown_arguments(tmp_path: Path) -> None:
     checkpoint(tmp_path)
-    with pytest.raises(TypeError, match="'device_map', 'num_label'"):
-        Classifier.from_pretrained(tmp_path, device_map="auto", num_label=3)
+    with pytest.raises(TypeError, match="'device_mep', 'num_label'"):
+        Classifier.from_pretrained(tmp_path, device_mep="auto", num_label=3)
     with pytest.raises(TypeError, match="dtype and torch_dtype"):
         Classifier.from_pretrained(tmp_path, dtype="auto", torch_dtype="auto")
     with pytest.raises(TypeError, match="config must be"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import random
 import resource
 import struct
 from pathlib import Path
@@ -139,6 +140,15 @@ def test_changed_bytes_are_refused_or_harmless(fuzzed: tuple[Path, bytes], data:
         assert model.state_dict().keys() == classifier().state_dict().keys()
 
 
+def test_some_hundred_cases_of_the_fuzzer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fuzz"))
+    from fuzz_checkpoints import CheckpointTarget
+
+    target = CheckpointTarget(tmp_path)
+    read = [target.run(random.Random(f"0 {case}")) for case in range(300)]
+    assert {True, False} == set(read)
+
+
 def test_a_configuration_of_another_model(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     path = tmp_path / "config.json"
@@ -154,12 +164,25 @@ def test_a_configuration_of_another_model(tmp_path: Path) -> None:
 def test_other_formats_are_named(tmp_path: Path) -> None:
     path = checkpoint(tmp_path) / "model.safetensors"
     path.rename(tmp_path / "model-00001-of-00002.safetensors")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(OSError, match=r"found: model-00001-of-00002\.saf.*, pytorch_model\.bin"):
+    (tmp_path / "tf_model.h5").write_bytes(b"")
+    message = (
+        r"has no file model\.safetensors or model\.safetensors\.index\.json or pytorch_.*"
+        r"; found: model-00001-of-00002\.safetensors, tf_model\.h5"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
         Classifier.from_pretrained(tmp_path)
-    for name in ("model-00001-of-00002.safetensors", "pytorch_model.bin"):
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"model\.pt is of fairseq: xlmr-ext convert"):
+        Classifier.from_pretrained(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "aside")
+    with pytest.raises(
+        FileNotFoundError, match=r"no file config\.json; .* of fairseq: xlmr-ext co"
+    ):
+        Classifier.from_pretrained(tmp_path)
+    (tmp_path / "aside").rename(tmp_path / "config.json")
+    for name in ("model-00001-of-00002.safetensors", "tf_model.h5", "model.pt"):
         (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=r"no file model\.safetensors; found: config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"; found: config\.json"):
         Classifier.from_pretrained(tmp_path)
 
 

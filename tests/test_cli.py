@@ -21,7 +21,7 @@ import torch
 from xlmr_vocabulary import write_tiny_vocabulary
 
 from xlmr_ext.cli import main
-from xlmr_ext.cli.main import build_parser
+from xlmr_ext.cli.main import COMMANDS, build_parser
 from xlmr_ext.threads import available_cpus, cpu_quota
 
 COMMAND = [sys.executable, "-m", "xlmr_ext"]
@@ -391,7 +391,7 @@ def test_bad_usage_is_exit_code_2(arguments: list[str], message: str, cli: Cli) 
     assert message in err
 
 
-@pytest.mark.parametrize("command", ["", "finetune", "predict", "demo", "info"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_complete(command: str, cli: Cli) -> None:
     code, out, err = cli(*command.split(), "--help")
     assert (code, err) == (0, "")
@@ -411,12 +411,13 @@ def test_help_is_complete(command: str, cli: Cli) -> None:
 def test_help_and_usage_errors_do_not_import_torch() -> None:
     code = (
         "import sys; from xlmr_ext.cli import main\n"
-        "codes = [main(x) for x in (['--help'], ['finetune', '--help'], ['--version'], ['x'])]\n"
+        "calls = ['--help'], ['finetune', '--help'], ['eval', '--help'], ['--version'], ['x']\n"
+        "codes = [main(call) for call in calls]\n"
         "heavy = {'torch', 'numpy', 'sentencepiece', 'transformers'} & set(sys.modules)\n"
         "print(codes, heavy, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stderr.splitlines()[-1] == "[0, 0, 0, 2] set()"
+    assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0, 2] set()"
     assert "\nxlmr-ext 0." in done.stdout
 
 

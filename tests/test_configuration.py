@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +234,11 @@ def test_changed_values_are_checked_before_saving(tmp_path: Path) -> None:
     ("model_type", "message"),
     [
         ("xlm-roberta-xl", "XLM-R XL and XXL .* pre-LayerNorm"),
-        ("bert", "must be 'xlm-roberta', got 'bert'"),
-        ("camembert", "got 'camembert'"),
-        ("roberta", "got 'roberta'"),
+        ("bert", "is not of XLM-R's vocabulary"),
+        ("camembert", "got 'camembert' .*a French vocabulary"),
+        ("roberta", "got 'roberta' .*an English vocabulary"),
+        ("xlm", "got 'xlm' .*the older XLM"),
+        ("gpt2", r"must be 'xlm-roberta', got 'gpt2' \(str\)$"),
         (["xlm-roberta"], "got .'xlm-roberta'. .list."),
     ],
 )
@@ -243,6 +246,49 @@ def test_other_models_are_refused(tmp_path: Path, model_type: Any, message: str)
     with pytest.raises(ValueError, match=message) as caught:
         XLMRobertaConfig.from_pretrained(write_config(tmp_path, {"model_type": model_type}))
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_an_old_file_without_model_type(tmp_path: Path) -> None:
+    write_config(tmp_path, {"architectures": ["XLMRobertaForMaskedLM"], "vocab_size": 250002})
+    assert XLMRobertaConfig.from_pretrained(tmp_path).vocab_size == 250002
+    write_config(tmp_path, {"architectures": ["RobertaForMaskedLM"], "vocab_size": 50265})
+    with pytest.raises(ValueError, match=r"config\.json: architectures must name a class of XLM-R"):
+        XLMRobertaConfig.from_pretrained(tmp_path)
+
+
+def test_bert_layout_is_read_as_xlm_r(tmp_path: Path) -> None:
+    file = {
+        "model_type": "bert",
+        "vocab_size": 250037,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "tokenizer_class": "XLMRobertaTokenizer",
+        "architectures": ["BertModel"],
+        "id2label": {"0": "a", "1": "b", "2": "c"},
+    }
+    config = XLMRobertaConfig.from_pretrained(write_config(tmp_path, file), num_labels=4)
+    assert (config.vocab_size, config.max_position_embeddings, config.type_vocab_size) == (
+        250002,
+        514,
+        1,
+    )
+    assert (config.num_labels, config.model_type) == (4, "xlm-roberta")
+    assert config.architectures == ["XLMRobertaModel"]
+
+
+def test_a_million_labels_take_seconds() -> None:
+    names = {str(i): f"name {i}" for i in range(10**6)}
+    labels = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    began = time.process_time()
+    config = XLMRobertaConfig.from_dict(labels)
+    config.validate()
+    assert config.num_labels == 10**6
+    assert time.process_time() - began < 40
+    with pytest.raises(ValueError, match="num_labels must be 1 to 1000000"):
+        XLMRobertaConfig.from_dict({"num_labels": 10**6 + 1})
+    names[str(10**6)] = "one more"
+    with pytest.raises(ValueError, match="at most 1000000 labels are accepted, got 1000001"):
+        XLMRobertaConfig.from_dict({"id2label": names})
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 
 from xlmr_ext.data import (
+    MAX_LABELS,
     DataError,
     LabelledTexts,
     LengthBatches,
     check_vocabulary,
     guess_format,
+    json_objects,
     label_ids,
     label_list,
     read_labelled,
     read_rows,
+    text_lines,
+    training_labels,
 )
 
 
@@ -181,6 +185,37 @@ def test_a_label_that_the_model_lacks_is_named_with_its_place(tmp_path: Path) ->
         DataError, match=r"dev\.csv:3: label 'z' is not one of .* 2 labels: 'x', 'y'"
     ):
         label_ids(data, ["x", "y"])
+
+
+def test_labels_to_learn_are_two_or_more_but_no_million(tmp_path: Path) -> None:
+    read = read_labelled(write(tmp_path, "d.csv", "text,label\na,10\nb,9\n"))
+    assert training_labels(read) == ["9", "10"]
+    one = read_labelled(write(tmp_path, "one.csv", "text,label\na,x\n\nb,x\n"))
+    with pytest.raises(
+        DataError, match=r"one\.csv has one class only, 'x', from .*one\.csv:2 to .*one\.csv:4:"
+    ):
+        training_labels(one)
+    texts = ["a"] * MAX_LABELS
+    assert len(training_labels(LabelledTexts(texts, [str(n) for n in range(MAX_LABELS)]))) == 4096
+    many = LabelledTexts([*texts, "a"], [str(n) for n in range(MAX_LABELS + 1)], source="m.csv")
+    with pytest.raises(DataError, match=r"m\.csv\[4096\]: '4096' is label number 4097, .* 4096"):
+        training_labels(many)
+
+
+def test_a_million_labels_are_refused_at_the_line_that_is_too_much(tmp_path: Path) -> None:
+    # The rest, which would be an error of another kind, is not read.
+    lines = [f"w,{row}" for row in range(10_000)] + ["broken"]
+    path = write(tmp_path, "ids.csv", "text,label\n" + "\n".join(lines))
+    with pytest.raises(DataError, match=rf"ids\.csv:{MAX_LABELS + 2}: '4096' is label number 4097"):
+        read_labelled(path)
+
+
+def test_objects_are_read_one_at_a_time() -> None:
+    stream = io.BytesIO('\ufeff{"a": 1}\n\n{"b": [2]}\n3\n'.encode())
+    rows = json_objects(text_lines(stream, "d.jsonl"), "d.jsonl")
+    assert [next(rows), next(rows)] == [(1, {"a": 1}), (3, {"b": [2]})]
+    with pytest.raises(DataError, match=r"d\.jsonl:4: expected a JSON object, got int 3"):
+        next(rows)
 
 
 def test_rows_from_python() -> None:

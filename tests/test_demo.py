@@ -24,7 +24,7 @@ from xlmr_ext.demo.sentences import (
     languages,
     training_sentences,
 )
-from xlmr_ext.vocabulary import write_sentencepiece_model
+from xlmr_ext.tokenizer.vocabulary import write_sentencepiece_model
 
 LANGUAGES = languages()
 

@@ -315,7 +315,7 @@ def test_outputs_by_name_key_and_place() -> None:
     model = make_classifier()
     ids, labels = random_ids(6)[None], torch.tensor([1])
     output = model(ids, labels=labels)
-    assert output.keys() == ["loss", "logits"]
+    assert list(output.keys()) == ["loss", "logits"]
     assert output["loss"] is output.loss is output[0]
     assert output["logits"] is output.logits is output[1] is output[:2][1]
     assert output.hidden_states is None
@@ -323,7 +323,7 @@ def test_outputs_by_name_key_and_place() -> None:
     loss, logits = output.to_tuple()
     assert loss is output.loss
     assert logits is output.logits
-    assert model(ids).keys() == ["logits"]
+    assert list(model(ids).keys()) == ["logits"]
     assert model(ids)[0].shape == (1, 3)
     states = model(ids, output_hidden_states=True).hidden_states
     assert [tuple(h.shape) for h in states] == [(1, 6, 24)] * 3
@@ -360,7 +360,7 @@ def test_a_model_without_a_pooler() -> None:
     assert not any("pooler" in name for name, _ in model.named_parameters())
     output = model(random_ids(4)[None])
     assert output.pooler_output is None
-    assert output.keys() == ["last_hidden_state"]
+    assert list(output.keys()) == ["last_hidden_state"]
 
 
 def test_parameter_names_are_hugging_faces() -> None:
@@ -501,7 +501,7 @@ def test_layers_do_not_share_masks() -> None:
                 dense.bias.fill_(1000.0)
     states: list[Tensor] = []
     model.encoder.layer[0].attention.register_forward_hook(
-        lambda module, args, out: states.append(out.detach())
+        lambda module, args, out: states.append(out[0].detach())
     )
     output = model(random_ids(30)[None], output_hidden_states=True)
     # After LayerNorm of 2000 or 0, the sign tells which was dropped.

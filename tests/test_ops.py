@@ -220,10 +220,9 @@ def test_attention(
     expect(
         lambda q, k: reference.attention_lse(q, k, cu_seqlens, heads, scale=scale), query, key
     ).check_result(lse, "lse")
-    dqkv = OPS.attention_backward(grad, query, key, value, out, lse, *shape)
-    assert dqkv.shape == (rows, 3, hidden)
+    grads = OPS.attention_backward(grad, query, key, value, out, lse, *shape)
     for index, name in enumerate(("dquery", "dkey", "dvalue")):
-        expected.check_grad(index, dqkv[:, index], name)
+        expected.check_grad(index, grads[index], name)
 
 
 @pytest.mark.parametrize("p", [0.0, P])
@@ -254,7 +253,7 @@ def test_attention_of_a_few_tokens(
     alone = torch.tensor([0, 3], device=device)
     if not p:  # a softmax over one key is 1
         assert_same_bits(out[alone], qkv[alone, 2], "out of a single token")
-    dqkv = OPS.attention_backward(grad, *qkv.unbind(1), out, lse, *shape)
+    dqkv = torch.stack(OPS.attention_backward(grad, *qkv.unbind(1), out, lse, *shape), 1)
     expected.check_grad(0, dqkv, "dqkv")
     assert dqkv[alone, :2].abs().max() < 100 * torch.finfo(dtype).eps
 
@@ -330,10 +329,14 @@ def test_layer_norm(isa: str, device: str, dtype: torch.dtype, case: tuple) -> N
     assert without[1].numel() == 0
 
     dsum, dx, dweight, dbias = OPS.layer_norm_backward(grad, total, mean, rstd, weight, *how, True)
-    expected.check_grad(0, dx if p else dsum, "dx")
     assert p or dx.numel() == 0
-    if with_residual:
-        expected.check_grad(1, dsum, "dresidual")
+    if hidden == 1:  # one number is its own mean: 0, of which the oracle shows its rounding alone
+        assert not dx.any()
+        assert not dsum.any()
+    else:
+        expected.check_grad(0, dx if p else dsum, "dx")
+        if with_residual:
+            expected.check_grad(1, dsum, "dresidual")
     expected.check_grad(2, dweight, "dweight")
     expected.check_grad(3, dbias, "dbias")
 
@@ -434,10 +437,10 @@ def test_attention_dropout_mask(
         columns[5:, :, : block.shape[1]] = block[:, None]
         columns = columns.view(rows, heads * size)
         out, lse = OPS.attention_forward(zeros, zeros, columns, *shape)
-        dqkv = OPS.attention_backward(columns, zeros, zeros, zeros, zeros, lse, *shape)
+        _, _, dvalue = OPS.attention_backward(columns, *(zeros,) * 4, lse, *shape)
         for what, value, wanted in [
             ("out", out, mask[:, :, first : first + size]),
-            ("dvalue", dqkv[:, 2], mask[:, first : first + size].transpose(1, 2)),
+            ("dvalue", dvalue, mask[:, first : first + size].transpose(1, 2)),
         ]:
             seen = value[5:].view(length, heads, size)[:, :, : block.shape[1]].transpose(0, 1)
             assert torch.equal(seen != 0, wanted != 0), what

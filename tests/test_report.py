@@ -93,15 +93,35 @@ def test_report_has_everything(tmp_path: Path) -> None:
     # The plain mean of 75 % and 25 %, and of 0.5 and 1.25.
     mean = page.cells.index("mean")
     assert page.cells[mean + 2 : mean + 4] == ["50.0 %", "0.8750"]
+    assert numbers["mean"] == {"accuracy": 0.5, "loss": 0.875, "extra": 0.5}
     # "<b>": 2 * (2 right of 4, 2 predicted twice over): precision 100 %, recall 50 %, F1 66.7 %.
     row = page.cells.index("2  <b>")
     assert page.cells[row + 1 : row + 5] == ["8", "100.0 %", "50.0 %", "66.7 %"]
     assert page.cells[page.cells.index("3  $x_1$") + 1 :][:4] == ["0", "0.0 %", "–", "0.0 %"]
 
 
+def test_entities_are_counted_by_type_over_all_groups(tmp_path: Path) -> None:
+    groups = [
+        Group("a", 2, {"f1": 0.5}, by_type={"PER": (3, 2, 1), "LOC": (1, 0, 0)}),
+        Group("b", 3, {"f1": 1.0}, by_type={"PER": (1, 2, 1), "<x>": (0, 1, 0)}),
+    ]
+    write_report(tmp_path, title="T", groups=groups, headline="f1", unit="sentences")
+    page = Page((tmp_path / "index.html").read_text("utf-8"))
+    assert page.cells[:3] == ["", "sentences", "F1"]
+    start = page.cells.index("type")
+    assert page.cells[start:] == [
+        *("type", "entities", "precision", "recall", "F1"),
+        *("<x>", "0", "0.0 %", "–", "0.0 %"),
+        *("LOC", "1", "–", "0.0 %", "0.0 %"),
+        *("PER", "4", "50.0 %", "50.0 %", "50.0 %"),
+    ]
+    numbers = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert numbers["groups"][0]["by_type"]["PER"] == {"gold": 3, "predicted": 2, "correct": 1}
+
+
 def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "can_draw", lambda: False)
-    paths = write_report(tmp_path, title="T", groups=GROUPS, headline="accuracy")
+    paths = write_report(tmp_path, title="T", groups=GROUPS, headline="accuracy", labels=LABELS)
     assert {path.name for path in paths} == {"index.html", "metrics.json"}
     assert "matplotlib is missing" in (tmp_path / "index.html").read_text("utf-8")
 
@@ -133,3 +153,6 @@ def test_nothing_to_report(tmp_path: Path) -> None:
         write_report(tmp_path, title="T", groups=[], headline="accuracy")
     with pytest.raises(ValueError, match="en has no 'f1' among"):
         write_report(tmp_path, title="T", groups=[Group("en", 1, {"x": 1.0})], headline="f1")
+    with pytest.raises(ValueError, match="labels has 0 names, expected 4"):
+        write_report(tmp_path, title="T", groups=GROUPS, headline="accuracy")
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +16,17 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import xlmr_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlmr_ext.text_inputs import truncated_lengths
-from xlmr_ext.tokenization import BatchEncoding, XLMRobertaTokenizer
+from xlmr_ext.tokenization import XLMRobertaTokenizer
+from xlmr_ext.tokenizer.rows import truncated_lengths
+
+pytest_plugins = ["tokenizer_fixtures"]
 
 FIRST = "The quick brown fox jumps over the lazy dog"
 SECOND = "Мы читали новую книгу"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    xlmr_vocabulary.write_tiny_vocabulary(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("real")
-    xlmr_vocabulary.write_real_vocabulary(folder)
-    return folder
-
-
-@pytest.fixture
-def tokenizer(tiny_folder: Path) -> XLMRobertaTokenizer:
-    return XLMRobertaTokenizer.from_pretrained(tiny_folder)
-
-
-@pytest.fixture(scope="session")
-def real(real_folder: Path) -> XLMRobertaTokenizer:
-    return XLMRobertaTokenizer.from_pretrained(real_folder)
-
-
-@pytest.fixture(params=["tiny", "real"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    path: Path = request.getfixturevalue(f"{request.param}_folder")
-    return path
-
-
-_PAIRS: dict[Path, tuple[XLMRobertaTokenizer, Any]] = {}
-
-
-def load_both(folder: Path) -> tuple[XLMRobertaTokenizer, Any]:
-    """Ours, and transformers' of what ours saves; loaded once, as the real one takes seconds."""
-    transformers = pytest.importorskip("transformers")
-    if folder not in _PAIRS:
-        ours = XLMRobertaTokenizer.from_pretrained(folder)
-        ours.save_pretrained(folder / "saved")
-        _PAIRS[folder] = ours, transformers.AutoTokenizer.from_pretrained(folder / "saved")
-    for tokenizer in _PAIRS[folder]:
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return _PAIRS[folder]
-
-
-@pytest.fixture
-def both(folder: Path) -> tuple[XLMRobertaTokenizer, Any]:
-    return load_both(folder)
 
 
 def data_file(name: str) -> Path:
@@ -163,8 +113,10 @@ def test_every_sib_sentence_is_as_sentencepiece_has_it(
     assert real(sentences, padding=True)["input_ids"][0][: len(expected[0])] == expected[0]
 
 
-def test_every_sib_sentence_is_as_transformers_has_it(real_folder: Path) -> None:
-    ours, theirs = load_both(real_folder)
+def test_every_sib_sentence_is_as_transformers_has_it(
+    both_real: tuple[XLMRobertaTokenizer, Any],
+) -> None:
+    ours, theirs = both_real
     sentences = sib_sentences()
     rows = zip(sentences, ours(sentences)["input_ids"], theirs(sentences)["input_ids"], strict=True)
     different = [text for text, a, b in rows if a != b]
@@ -426,8 +378,18 @@ def test_pad_is_as_transformers_has_it(both: tuple[XLMRobertaTokenizer, Any]) ->
     collated = collator([{**ours(text), "labels": 0.5} for text in (FIRST, "a")])
     assert collated["labels"].dtype == torch.float32
     assert collated["input_ids"].shape == collated["attention_mask"].shape
-    tensors = [{"input_ids": ours(text, return_tensors="pt").input_ids[0]} for text in (FIRST, "a")]
-    assert ours.pad(tensors)["input_ids"] == ours.pad(batch)["input_ids"]
+    for kind in ("pt", "np"):  # tensors stay tensors
+        rows = [ours(text, return_tensors=kind).input_ids[0] for text in (FIRST, "a")]
+        got, expected = (t.pad([{"input_ids": row} for row in rows]) for t in (ours, theirs))
+        assert list(got) == list(expected)
+        for name in got:
+            assert type(got[name]) is type(expected[name]) is type(rows[0])
+            assert got[name].tolist() == expected[name].tolist()
+    for side in ("left", "right"):
+        assert dict(ours.pad(batch, padding_side=side)) == dict(
+            theirs.pad(batch, padding_side=side)
+        )
+    assert dict(ours.pad(ours("a", return_tensors="pt"))).keys() == {"input_ids", "attention_mask"}
 
 
 def test_pad_refuses_what_does_not_agree(tokenizer: XLMRobertaTokenizer) -> None:
@@ -439,6 +401,8 @@ def test_pad_refuses_what_does_not_agree(tokenizer: XLMRobertaTokenizer) -> None
         tokenizer.pad({"input_ids": [[1]], "labels": [1, 2]})
     with pytest.raises(TypeError, match="encoded_inputs: expected a mapping"):
         tokenizer.pad("text")
+    with pytest.raises(ValueError, match=r"encoded_inputs\['attention_mask'\]: not as long"):
+        tokenizer.pad({"input_ids": [1, 2], "attention_mask": [1]})
     with pytest.raises(ValueError, match="rows of labels have 2 different lengths"):
         tokenizer.pad({"input_ids": [[1], [1, 2]], "labels": [[1], [1, 2]]}, return_tensors="pt")
 
@@ -514,12 +478,15 @@ def test_what_is_no_text_is_a_type_error(
         ({"max_length": True}, TypeError, "max_length: expected an int, got bool"),
         ({"padding": "left"}, ValueError, "padding: expected one of .*'longest'.*got 'left'"),
         ({"truncation": "first"}, ValueError, "truncation: expected one of"),
-        ({"return_tensors": "tf"}, ValueError, "return_tensors: expected one of 'pt', 'np'"),
+        ({"return_tensors": "tf"}, ValueError, "'tf' is not supported; expected 'pt' for torch"),
+        ({"return_tensors": "x"}, ValueError, "return_tensors: expected one of 'pt', 'np'"),
         ({"pad_to_multiple_of": 0}, ValueError, "pad_to_multiple_of"),
-        ({"stride": 4}, ValueError, "stride=4: this option is not supported yet"),
-        ({"return_overflowing_tokens": True}, ValueError, "not supported yet"),
-        ({"return_offsets_mapping": True}, ValueError, "not supported yet"),
-        ({"is_split_into_words": True}, ValueError, "not supported yet"),
+        ({"return_tensors": "jax"}, ValueError, "'jax' is not supported"),
+        ({"padding_side": "top"}, ValueError, "padding_side: expected one of"),
+        ({"stride": -1}, ValueError, "stride: expected at least 0, got -1"),
+        ({"stride": 0.0}, TypeError, "stride: expected an int, got float"),
+        ({"stride": 6, "max_length": 8}, ValueError, "stride: 6 tokens, .* room for 6"),
+        ({"is_split_into_words": True}, TypeError, "needs a list of words, got str"),
         ({"trunctation": True}, TypeError, "unexpected keyword argument 'trunctation'"),
     ],
 )
@@ -559,166 +526,6 @@ def test_nul_is_a_character_like_others(tokenizer: XLMRobertaTokenizer) -> None:
     assert len(ids) > len(tokenizer.encode("fox"))  # the text does not end at NUL
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["fox " * 250_000, "a" * 1_000_000, "字" * 1_000_000, " " * 1_000_000, "<" * 1_000_000,
-     "<mask" * 200_000, " \n" * 500_000 + "x", "<mask> " * 142_857, "\ud800" * 1_000_000],
-    ids=["words", "letter", "script", "spaces", "brackets", "half", "blank", "masks", "lone"],
-)  # fmt: skip
-def test_a_million_characters(folder: Path, text: str) -> None:
-    tokenizer = XLMRobertaTokenizer.from_pretrained(folder)
-    started = time.perf_counter()
-    ids = tokenizer(text, truncation=True, return_tensors="np").input_ids
-    assert ids.shape[1] <= 512
-    assert ids[0, -1] == 2
-    assert time.perf_counter() - started < 20
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def test_save_and_load(folder: Path, tmp_path: Path) -> None:
-    tokenizer = XLMRobertaTokenizer.from_pretrained(
-        folder, model_max_length=77, padding_side="left", truncation_side="left"
-    )
-    paths = tokenizer.save_pretrained(tmp_path / "new" / "folder")
-    assert sorted(Path(path).name for path in paths) == [
-        "sentencepiece.bpe.model",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-    ]
-    assert sorted(map(str, (tmp_path / "new/folder").iterdir())) == sorted(paths)
-    written = (tmp_path / "new/folder/sentencepiece.bpe.model").read_bytes()
-    assert written == (folder / "sentencepiece.bpe.model").read_bytes()
-    again = XLMRobertaTokenizer.from_pretrained(tmp_path / "new/folder")
-    assert (again.model_max_length, again.padding_side, again.truncation_side) == (
-        77,
-        "left",
-        "left",
-    )
-    texts = [FIRST, "a <mask> b"]
-    assert again(texts, padding=True) == tokenizer(texts, padding=True)
-    assert (
-        XLMRobertaTokenizer.from_pretrained(tmp_path / "new/folder", model_max_length=9)(
-            FIRST, truncation=True
-        )["input_ids"]
-        == tokenizer(FIRST, max_length=9)["input_ids"]
-    )
-
-
-def test_transformers_loads_what_is_saved_and_the_other_way_round(
-    both: tuple[XLMRobertaTokenizer, Any], tmp_path: Path
-) -> None:
-    ours, theirs = both
-    assert type(theirs).__name__.startswith("XLMRobertaTokenizer")
-    folder = tmp_path / "theirs"
-    theirs.padding_side = "left"
-    theirs.save_pretrained(folder)
-    again = XLMRobertaTokenizer.from_pretrained(folder)
-    assert again.padding_side == "left"
-    assert again.model_max_length == ours.model_max_length
-    texts = [FIRST, SECOND, "a <mask> b", "a\0b", " "]
-    assert again(texts) == ours(texts)
-    assert again.get_vocab() == ours.get_vocab()
-
-
-def test_missing_files_are_named(tmp_path: Path, tiny_folder: Path) -> None:
-    with pytest.raises(OSError, match=r"sentencepiece\.bpe\.model.*tokenizer\.json"):
-        XLMRobertaTokenizer.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match="absent"):
-        XLMRobertaTokenizer.from_pretrained(tmp_path / "absent")
-    with pytest.raises(OSError, match="file"):
-        XLMRobertaTokenizer.from_pretrained(tiny_folder / "sentencepiece.bpe.model")
-    with pytest.raises(OSError, match=r"nobody/nothing.*sentencepiece"):
-        XLMRobertaTokenizer.from_pretrained(
-            "nobody/nothing", local_files_only=True, cache_dir=tmp_path
-        )
-    with pytest.raises(OSError, match=r"none\.model"):
-        XLMRobertaTokenizer(tmp_path / "none.model")
-
-
-def test_a_model_in_the_hub_cache(tmp_path: Path, tiny_folder: Path) -> None:
-    commit = "0" * 40
-    snapshot = tmp_path / "models--some--model" / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    XLMRobertaTokenizer.from_pretrained(tiny_folder, model_max_length=33).save_pretrained(snapshot)
-    (tmp_path / "models--some--model/refs").mkdir()
-    (tmp_path / "models--some--model/refs/main").write_text(commit)
-    tokenizer = XLMRobertaTokenizer.from_pretrained(
-        "some/model", cache_dir=tmp_path, local_files_only=True
-    )
-    assert tokenizer.model_max_length == 33
-
-
-def test_damaged_files_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
-    whole = (tiny_folder / "sentencepiece.bpe.model").read_bytes()
-    path = tmp_path / "sentencepiece.bpe.model"
-    for data in (b"", b"version https://git-lfs.github.com/spec/v1", whole[:1000]):
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match="not a sentencepiece model"):
-            XLMRobertaTokenizer.from_pretrained(tmp_path)
-    path.write_bytes(whole)
-    config = tmp_path / "tokenizer_config.json"
-    for text, match in (
-        ("{", "not a JSON file"),
-        ("[]", "expected a JSON object"),
-        ('{"tokenizer_class": "CamembertTokenizer"}', "tokenizer_class is 'CamembertTokenizer'"),
-        ('{"model_max_length": "long"}', "model_max_length is 'long'"),
-        ('{"padding_side": "middle"}', "padding_side: expected one of"),
-        ('{"additional_special_tokens": ["<x>"]}', "'<x>'.*added tokens are not supported"),
-        ('{"added_tokens_decoder": {"9": {"content": "<y>"}}}', "'<y>'"),
-        ('{"mask_token": "[MASK]"}', r"mask_token: '\[MASK\]' is not in the vocabulary"),
-        ('{"sp_model_kwargs": {"enable_sampling": true}}', "sp_model_kwargs"),
-    ):
-        config.write_text(text)
-        with pytest.raises(ValueError, match=match):
-            XLMRobertaTokenizer.from_pretrained(tmp_path)
-    config.write_text('{"model_max_length": 1e30, "mask_token": {"content": "<mask>"}}')
-    tokenizer = XLMRobertaTokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer.encode("a" * 999)) == len(tokenizer.encode("a" * 999, truncation=True))
-    with pytest.raises(ValueError, match="pass max_length"):
-        tokenizer("a", padding="max_length")
-
-
-def test_mask_swallows_the_space_where_the_model_keeps_spaces(tmp_path: Path) -> None:
-    path = xlmr_vocabulary.write_tiny_vocabulary(tmp_path, remove_extra_whitespaces=False)
-    tokenizer = XLMRobertaTokenizer(path)
-    assert tokenizer.encode("fox \t ") != tokenizer.encode("fox")
-    assert tokenizer.encode("fox \t <mask>") == tokenizer.encode("fox<mask>")
-    assert tokenizer.encode("fox <pad>") != tokenizer.encode("fox<pad>")
-
-
-def test_a_model_of_another_layout_is_refused(tmp_path: Path) -> None:
-    xlmr_vocabulary.write_tiny_vocabulary(tmp_path, pad_id=0, unk_id=1, bos_id=2, eos_id=3)
-    with pytest.raises(ValueError, match="not XLM-R's layout"):
-        XLMRobertaTokenizer.from_pretrained(tmp_path)
-
-
-def test_a_failed_save_leaves_the_old_files(
-    tokenizer: XLMRobertaTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer.save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    tokenizer.model_max_length = 9
-
-    def full(self: Path, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        tokenizer.save_pretrained(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_an_older_tokenizer_json_is_told_of(
-    tokenizer: XLMRobertaTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with caplog.at_level(logging.WARNING, "xlmr_ext.tokenization"):
-        tokenizer.save_pretrained(tmp_path)
-    assert "tokenizer.json" in caplog.text
-
-
 # -- as an object --------------------------------------------------------------------------------
 
 
@@ -729,35 +536,6 @@ def test_pickle_and_deepcopy(tokenizer: XLMRobertaTokenizer) -> None:
         assert twin(texts, padding=True) == tokenizer(texts, padding=True)
         assert twin.get_vocab() == tokenizer.get_vocab()
         assert repr(twin) == repr(tokenizer)
-
-
-def test_special_tokens_are_fixed(tokenizer: XLMRobertaTokenizer, tiny_folder: Path) -> None:
-    for name in ("pad_token", "pad_token_id"):
-        with pytest.raises(AttributeError, match="fixed"):
-            setattr(tokenizer, name, "</s>")
-    other = XLMRobertaTokenizer.from_pretrained(tiny_folder, cls_token="</s>")
-    assert other.cls_token_id == 2
-    with pytest.raises(TypeError, match="pad_token: expected a str"):
-        XLMRobertaTokenizer.from_pretrained(tiny_folder, pad_token=1)
-
-
-def test_batch_encoding(tokenizer: XLMRobertaTokenizer) -> None:
-    batch = tokenizer(FIRST, return_tensors="pt")
-    assert batch.input_ids is batch["input_ids"]
-    assert isinstance(batch, dict)
-    assert list({**batch}) == ["input_ids", "attention_mask"]
-    with pytest.raises(AttributeError, match="no 'labels'; it holds input_ids, attention_mask"):
-        _ = batch.labels
-    ids = batch.input_ids
-    assert batch.to("cpu") is batch
-    assert torch.equal(batch.to("meta").input_ids.new_zeros(0, device="cpu"), ids[:0, 0])
-    assert batch.input_ids.device.type == "meta"
-    with pytest.raises(ValueError, match="not torch tensors"):
-        tokenizer(FIRST).to("cpu")
-    lists = tokenizer(FIRST)
-    for twin in (pickle.loads(pickle.dumps(lists)), copy.deepcopy(lists), copy.copy(lists)):
-        assert twin == lists
-        assert type(twin) is BatchEncoding
 
 
 def test_importing_costs_neither_torch_nor_transformers() -> None:

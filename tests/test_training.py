@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import errno
+import functools
+import itertools
 import json
 import math
+import os
 import random
+import signal
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from stub_classifier import VOCABULARY, StubClassifier, StubTokenizer
+from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from xlmr_ext import training
 from xlmr_ext.chance import ChanceWarning, guessing_loss, signs_of_chance
-from xlmr_ext.data import LabelledTexts
+from xlmr_ext.data import LabelledTexts, LengthBatches
 from xlmr_ext.optim import NarrowVocabulary, linear_schedule, parameter_groups, warmup_steps
 from xlmr_ext.prediction import Evaluation, agreement
+from xlmr_ext.saving import replace_checkpoint
+from xlmr_ext.tasks import classification
+from xlmr_ext.tasks.classification import ClassificationTask
 from xlmr_ext.training import LOG_NAME, SaveError, TrainingInterrupted, finetune
 
 WORDS = "roberta.embeddings.word_embeddings.weight"
@@ -52,8 +60,10 @@ def run(
     output_dir: Any = None,
     **options: Any,
 ) -> training.FinetuneResult:
-    settings = {"epochs": 3, "learning_rate": 0.1, "max_length": 16, "batch_size": 8, **options}
-    return finetune(model, tokenizer or StubTokenizer(), train, output_dir=output_dir, **settings)  # type: ignore[arg-type]
+    tokenizer = tokenizer or StubTokenizer()
+    settings = {"epochs": 3, "learning_rate": 0.1, "batch_size": 8, **options}
+    task = ClassificationTask(model, tokenizer, max_length=settings.pop("max_length", 16))  # type: ignore[arg-type]
+    return finetune(model, tokenizer, train, task=task, output_dir=output_dir, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -135,7 +145,11 @@ def test_learns_evaluates_saves_and_logs(tmp_path: Path, capfd: pytest.CaptureFi
     )
     log = json.loads((out / LOG_NAME).read_text())
     assert log["settings"]["learning_rate"] == 0.1
+    assert (log["task"], log["labels"]) == ("classification", ["ant", "bee"])
     assert log["history"][0]["epoch"] == 1
+    assert log["history"][-1]["dev_macro_f1"] == 1.0
+    assert result.scores is not None
+    assert result.scores.details.confusion == [[10, 0], [0, 10]]
     saved = load_file(out / "model.safetensors")
     for name, value in model.state_dict().items():
         assert torch.equal(saved[name], value), name
@@ -156,6 +170,53 @@ def test_the_seed_decides_everything() -> None:
     first = losses(7)
     assert losses(7) == first
     assert losses(8) != first
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_the_losses_are_those_of_a_loop_of_plain_torch(narrow: bool) -> None:
+    torch.manual_seed(2)
+    model, plain = StubClassifier(3), StubClassifier(3)
+    plain.load_state_dict(model.state_dict())
+    data = rows(50, labels=("ant", "bee", "cat"))
+    result = run(
+        model,
+        data,
+        epochs=2,
+        learning_rate=0.01,
+        weight_decay=0.2,
+        warmup_ratio=0.25,
+        max_grad_norm=0.5,
+        bucket_batches=2,
+        narrow_vocabulary=narrow,
+    )
+    texts = [[0, *(int(word[1:]) for word in text.split()), 2] for text in data.texts]
+    gold = torch.tensor([["ant", "bee", "cat"].index(label) for label in data.labels])
+    biases = [plain.norm.weight, plain.norm.bias, plain.classifier.bias]
+    matrices = [plain.roberta.embeddings.word_embeddings.weight, plain.classifier.weight]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.2}, {"params": biases, "weight_decay": 0.0}]
+    )
+    order = LengthBatches([len(ids) for ids in texts], 8, seed=42, bucket_batches=2)
+    losses = []
+    for batch in [*order.epoch(1), *order.epoch(2)]:
+        step = len(losses) + 1  # of 14, of which the first 4 (3.5, rounded to even) warm up
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step / 4 if step <= 4 else (15 - step) / 11)
+        words = plain.roberta.embeddings.word_embeddings
+        means = torch.stack([words(torch.tensor(texts[row])).mean(0) for row in batch])
+        loss = F.cross_entropy(plain.classifier(plain.norm(means)), gold[batch])
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert result.losses == pytest.approx(losses, rel=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert [record.step for record in result.history] == [7, 14]
+    counts = [len(batch) for batch in order.epoch(2)]
+    mean = sum(n * loss for n, loss in zip(counts, losses[7:], strict=True)) / 50
+    assert result.history[1].train_loss == pytest.approx(mean, rel=1e-5)
 
 
 def test_narrow_vocabulary_gives_what_the_whole_table_gives() -> None:
@@ -223,7 +284,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]])
         macro_f1, accuracy = next(remaining)
         return Evaluation(4, accuracy, macro_f1, 0.1, [[1, 1], [1, 1]], ["ant", "bee"])
 
-    monkeypatch.setattr(training, "evaluate_ids", evaluate)
+    monkeypatch.setattr(classification, "evaluate_ids", evaluate)
 
 
 @pytest.mark.parametrize("save", [True, False])
@@ -281,7 +342,7 @@ def test_a_run_at_chance_says_so_and_what_to_change() -> None:
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "training sits at chance after epoch 2: the mean loss of the last 8 steps" in message
-    assert "guessing by the labels' shares gives 0.693" in message
+    assert "guessing without a look at the text gives 0.693" in message
     assert "raise the learning rate (now 1e-06)" in message
     assert "more epochs (now 4), or try another seed (now 42)" in message
     with pytest.warns(ChanceWarning, match="lower the learning rate"):
@@ -341,7 +402,7 @@ def test_a_file_will_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "options", "error", "message"),
     [
-        (rows(8, labels=("ant",)), {}, ValueError, "data has one class only, 'ant'"),
+        (rows(8, labels=("ant",)), {}, ValueError, "one class only, 'ant', from data.0. to"),
         (rows(9, labels=("a", "b", "c")), {}, ValueError, "3 labels .* model 2: .*num_labels=3"),
         ([], {}, ValueError, "train has no rows"),
         (rows(8), {"dev": []}, ValueError, "dev has no rows"),
@@ -436,6 +497,118 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert model.roberta.embeddings.word_embeddings.num_embeddings == VOCABULARY
+
+
+def checkpoint(folder: Path, version: str, weights: tuple[str, ...]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer.txt", LOG_NAME, *weights):
+        (folder / name).write_text(version)
+
+
+SINGLE = ("model.safetensors",)
+SHARDS = (
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+@pytest.mark.parametrize("before", [SINGLE, SHARDS])
+@pytest.mark.parametrize("after", [SINGLE, SHARDS])
+def test_no_kill_leaves_a_mixture(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: tuple[str, ...],
+    after: tuple[str, ...],
+) -> None:
+    """Killed at each of its moves in turn: the old set, the new set, or a folder without config."""
+
+    class Killed(BaseException):
+        pass
+
+    states = []
+    for moves in itertools.count():
+        folder = tmp_path / str(moves)
+        checkpoint(folder, "old", before)
+        (folder / "notes.txt").write_text("mine")
+        left = [moves]
+
+        def move(path: Path, *rest: Any, left: list[int] = left, name: str, **more: Any) -> Any:
+            if rest or path.parent == folder:  # noqa: B023
+                if left[0] == 0:
+                    raise Killed
+                left[0] -= 1
+            return getattr(PosixPath, f"_{name}")(path, *rest, **more)
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink"):
+                patch.setattr(PosixPath, f"_{name}", getattr(PosixPath, name), raising=False)
+                patch.setattr(PosixPath, name, functools.partialmethod(move, name=name))
+            try:
+                replace_checkpoint(folder, lambda fresh: checkpoint(fresh, "new", after))
+            except Killed:
+                pass
+            else:
+                break
+            finally:
+                patch.undo()
+        there = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+        assert there.pop("notes.txt") == "mine"
+        states.append(there)
+        if "config.json" in there:
+            assert set(there.values()) <= {there["config.json"]}, there
+    assert len(states) >= 5
+    assert "config.json" not in states[-1]
+    final = {path.name: path.read_text() for path in folder.iterdir()}
+    expected = {"config.json", "tokenizer.txt", LOG_NAME, *after}
+    assert final == {**dict.fromkeys(expected, "new"), "notes.txt": "mine"}
+
+
+def test_later_epochs_replace_the_weights_in_one_move(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "same", SINGLE)
+    config = (tmp_path / "config.json").stat()
+
+    def write(fresh: Path) -> None:
+        checkpoint(fresh, "same", ())
+        (fresh / LOG_NAME).write_text("epoch 2")
+        (fresh / "model.safetensors").write_text("epoch 2")
+        assert (tmp_path / "config.json").exists()
+
+    seen: list[set[str]] = []
+    real = Path.replace
+
+    def look(path: Path, target: Path) -> Path:
+        seen.append({entry.name for entry in tmp_path.iterdir() if entry.is_file()})
+        return real(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", look)
+        replace_checkpoint(tmp_path, write)
+    everything = {"config.json", "tokenizer.txt", LOG_NAME, "model.safetensors"}
+    assert all(names == everything for names in seen)
+    assert (tmp_path / "model.safetensors").read_text() == "epoch 2"
+    assert (tmp_path / LOG_NAME).read_text() == "epoch 2"
+    assert (tmp_path / "config.json").stat().st_size == config.st_size
+
+
+def test_ctrl_c_waits_for_the_checkpoint(tmp_path: Path) -> None:
+    class Slow(StubTokenizer):
+        def save_pretrained(self, directory: Path) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            super().save_pretrained(directory)
+
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(StubClassifier(), rows(40), tokenizer=Slow(), output_dir=tmp_path)
+    assert str(caught.value) == (
+        f"stopped in epoch 1 of 3, after step 5 of 15; {tmp_path} holds the weights of epoch 1"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.txt",
+        LOG_NAME,
+    }
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_bad_output_directory_is_found_before_training(tmp_path: Path) -> None:

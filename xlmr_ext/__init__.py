@@ -20,12 +20,22 @@ if TYPE_CHECKING:
     )
     from xlmr_ext.modeling import XLMRobertaModel
     from xlmr_ext.packing import PackedBatch
+    from xlmr_ext.pipelines import pipeline
+    from xlmr_ext.tasks.choice import ChoiceAnswerer
+    from xlmr_ext.tasks.embeddings import SentenceEncoder
+    from xlmr_ext.tasks.entities import EntityRecognizer
+    from xlmr_ext.tasks.question_answerer import QuestionAnswerer
+    from xlmr_ext.tasks.zero_shot import ZeroShotClassifier
     from xlmr_ext.tokenization import XLMRobertaTokenizer
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ChoiceAnswerer": "xlmr_ext.tasks.choice",
+    "EntityRecognizer": "xlmr_ext.tasks.entities",
     "PackedBatch": "xlmr_ext.packing",
+    "QuestionAnswerer": "xlmr_ext.tasks.question_answerer",
+    "SentenceEncoder": "xlmr_ext.tasks.embeddings",
     "XLMRobertaConfig": "xlmr_ext.configuration",
     "XLMRobertaForMultipleChoice": "xlmr_ext.heads",
     "XLMRobertaForQuestionAnswering": "xlmr_ext.heads",
@@ -33,11 +43,17 @@ _HOME = {
     "XLMRobertaForTokenClassification": "xlmr_ext.heads",
     "XLMRobertaModel": "xlmr_ext.modeling",
     "XLMRobertaTokenizer": "xlmr_ext.tokenization",
+    "ZeroShotClassifier": "xlmr_ext.tasks.zero_shot",
     "build_info": "xlmr_ext._launch",
+    "pipeline": "xlmr_ext.pipelines",
 }
 
 __all__ = [
+    "ChoiceAnswerer",
+    "EntityRecognizer",
     "PackedBatch",
+    "QuestionAnswerer",
+    "SentenceEncoder",
     "XLMRobertaConfig",
     "XLMRobertaForMultipleChoice",
     "XLMRobertaForQuestionAnswering",
@@ -45,15 +61,20 @@ __all__ = [
     "XLMRobertaForTokenClassification",
     "XLMRobertaModel",
     "XLMRobertaTokenizer",
+    "ZeroShotClassifier",
     "__version__",
     "build_info",
+    "pipeline",
 ]
 
 
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        hint = importlib.import_module("xlmr_ext.refusals").package_hint(name)
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{': ' + hint if hint else ''}"
+        )
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value

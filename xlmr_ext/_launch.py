@@ -305,19 +305,58 @@ def feed_forward_backward(
     return dx, dup_weight, dup_bias, ddown_weight, ddown_bias, dpre
 
 
-def _attention_sizes(
-    op: str, query: Tensor, key: Tensor, value: Tensor, num_heads: int
-) -> tuple[int, int, int]:
-    rows, width = check_rank2(op, "query", query)
-    check_positive(op, num_heads=num_heads, width=width)
-    if width % num_heads:
-        raise ValueError(f"{op}: query is {width} wide, not a multiple of {num_heads} heads")
-    head_size = width // num_heads
-    if head_size > MAX_HEAD_SIZE:
-        raise ValueError(f"{op}: a head has {head_size} features; expected at most {MAX_HEAD_SIZE}")
-    check_tensor(op, "key", key, (rows, width), query.dtype)
-    check_tensor(op, "value", value, (rows, width), query.dtype)
-    return rows, width, head_size
+class _AttentionInputs:
+    """The checked inputs that the attention's two directions share, as `_C` takes them."""
+
+    def __init__(
+        self,
+        op: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        num_heads: int,
+        scale: float,
+        dropout: tuple[float, int, Tensor | None],
+        first_only: bool,
+    ) -> None:
+        self.query_rows, self.width = check_rank2(op, "query", query)
+        check_positive(op, num_heads=num_heads, width=self.width)
+        if self.width % num_heads:
+            raise ValueError(
+                f"{op}: query is {self.width} wide, not a multiple of {num_heads} heads"
+            )
+        head_size = self.width // num_heads
+        if head_size > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"{op}: a head has {head_size} features; expected at most {MAX_HEAD_SIZE}"
+            )
+        self.code = dtype_code(op, "query", query)
+        self.key_rows = check_rank2(op, "key", key)[0] if first_only else self.query_rows
+        check_tensor(op, "key", key, (self.key_rows, self.width), query.dtype)
+        check_tensor(op, "value", value, (self.key_rows, self.width), query.dtype)
+        # Kept alive until the call is over.
+        self.cu_seqlens = check_cu_seqlens(op, cu_seqlens, self.key_rows, max_seqlen)
+        batch = self.cu_seqlens.numel() - 1
+        if first_only and self.query_rows != batch:
+            raise ValueError(
+                f"{op}: query has {self.query_rows} rows; expected {batch}, one a sequence, as "
+                f"first_only asks for"
+            )
+        self.dropout = _dropout(op, *dropout)
+        self.sizes = (batch, self.key_rows, num_heads, head_size, max_seqlen)
+        self.scale, self.first_only = scale, first_only
+        self.query, self.key, self.value = as_rows(query), as_rows(key), as_rows(value)
+
+    def native(self) -> tuple[Any, ...]:
+        return self.code, *self.sizes, _ptr(self.cu_seqlens), self.scale, *self.dropout
+
+    def native_tensors(self) -> tuple[int, ...]:
+        return (
+            _ptr(self.query), _stride(self.query), _ptr(self.key), _stride(self.key),
+            _ptr(self.value), _stride(self.value),
+        )  # fmt: skip
 
 
 def attention_forward(
@@ -331,19 +370,17 @@ def attention_forward(
     dropout_p: float,
     site: int,
     seed: Tensor | None,
+    first_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    op = "attention"
-    rows, width, head_size = _attention_sizes(op, query, key, value, num_heads)
-    code = dtype_code(op, "query", query)
-    cu_seqlens = check_cu_seqlens(op, cu_seqlens, rows, max_seqlen)
-    dropout = _dropout(op, dropout_p, site, seed)
-    query, key, value = as_rows(query), as_rows(key), as_rows(value)
-    out = query.new_empty((rows, width))
-    lse = query.new_empty((num_heads, rows))
+    inputs = _AttentionInputs(
+        "attention", query, key, value, cu_seqlens, max_seqlen, num_heads, scale,
+        (dropout_p, site, seed), first_only,
+    )  # fmt: skip
+    out = query.new_empty((inputs.query_rows, inputs.width))
+    lse = query.new_empty((num_heads, inputs.query_rows))
     _call(
-        _C.attention_forward, code, cu_seqlens.numel() - 1, rows, num_heads, head_size,
-        max_seqlen, _ptr(cu_seqlens), scale, *dropout, _ptr(query), _stride(query), _ptr(key),
-        _stride(key), _ptr(value), _stride(value), _ptr(out), _stride(out), _ptr(lse),
+        _C.attention_forward, *inputs.native(), first_only, *inputs.native_tensors(), _ptr(out),
+        _stride(out), _ptr(lse),
     )  # fmt: skip
     return out, lse
 
@@ -362,27 +399,26 @@ def attention_backward(
     dropout_p: float,
     site: int,
     seed: Tensor | None,
-) -> Tensor:
+    first_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     op = "attention backward"
-    rows, width, head_size = _attention_sizes(op, query, key, value, num_heads)
-    code = dtype_code(op, "query", query)
+    inputs = _AttentionInputs(
+        op, query, key, value, cu_seqlens, max_seqlen, num_heads, scale, (dropout_p, site, seed),
+        first_only,
+    )  # fmt: skip
+    rows, width = inputs.query_rows, inputs.width
     check_tensor(op, "grad_out", grad_out, (rows, width), query.dtype)
     check_tensor(op, "out", out, (rows, width), query.dtype)
     check_tensor(op, "lse", lse, (num_heads, rows), query.dtype)
-    cu_seqlens = check_cu_seqlens(op, cu_seqlens, rows, max_seqlen)
-    dropout = _dropout(op, dropout_p, site, seed)
-    query, key, value, out = as_rows(query), as_rows(key), as_rows(value), as_rows(out)
-    grad_out, lse = as_rows(grad_out), lse.contiguous()
-    dqkv = query.new_empty((rows, 3, width))
-    step = width * dqkv.element_size()
+    grad_out, out, lse = as_rows(grad_out), as_rows(out), lse.contiguous()
+    dquery = query.new_empty((rows, width))
+    dkey, dvalue = (query.new_empty((inputs.key_rows, width)) for _ in range(2))
     _call(
-        _C.attention_backward, code, cu_seqlens.numel() - 1, rows, num_heads, head_size,
-        max_seqlen, _ptr(cu_seqlens), scale, *dropout, _ptr(grad_out), _stride(grad_out),
-        _ptr(query), _stride(query), _ptr(key), _stride(key), _ptr(value), _stride(value),
-        _ptr(out), _stride(out), _ptr(lse),
-        _ptr(dqkv), _ptr(dqkv) + step, _ptr(dqkv) + 2 * step, 3 * width,
+        _C.attention_backward, *inputs.native(), first_only, _ptr(grad_out), _stride(grad_out),
+        *inputs.native_tensors(), _ptr(out), _stride(out), _ptr(lse), _ptr(dquery),
+        _stride(dquery), _ptr(dkey), _ptr(dvalue), _stride(dkey),
     )  # fmt: skip
-    return dqkv
+    return dquery, dkey, dvalue
 
 
 def layer_norm_forward(

@@ -208,12 +208,15 @@ class _Attention(torch.autograd.Function):
         dropout_p: float,
         site: int,
         seed: Tensor | None,
+        first_only: bool,
     ) -> Tensor:
         out, lse = ops.attention_forward(
-            query, key, value, cu_seqlens, max_seqlen, num_heads, scale, dropout_p, site, seed
-        )
+            query, key, value, cu_seqlens, max_seqlen, num_heads, scale, dropout_p, site, seed,
+            first_only,
+        )  # fmt: skip
         ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, seed)
         ctx.settings = (max_seqlen, num_heads, scale, dropout_p, site)
+        ctx.first_only = first_only
         result: Tensor = out
         return result
 
@@ -222,13 +225,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         query, key, value, out, lse, cu_seqlens, seed = ctx.saved_tensors
         max_seqlen, num_heads, scale, dropout_p, site = ctx.settings
-        dqkv = ops.attention_backward(
+        grads = ops.attention_backward(
             grad_out, query, key, value, out, lse, cu_seqlens, max_seqlen, num_heads, scale,
-            dropout_p, site, seed,
+            dropout_p, site, seed, ctx.first_only,
         )  # fmt: skip
         need = ctx.needs_input_grad[:3]
-        grads = (_or_none(n, g) for n, g in zip(need, dqkv.unbind(1), strict=True))
-        return (*grads, None, None, None, None, None, None, None)
+        wanted = (_or_none(n, g) for n, g in zip(need, grads, strict=True))
+        return (*wanted, None, None, None, None, None, None, None, None)
 
 
 def attention(
@@ -243,6 +246,7 @@ def attention(
     dropout_p: float = 0.0,
     site: int = 0,
     seed: Tensor | None = None,
+    first_only: bool = False,
 ) -> Tensor:
     """dropout(softmax(scale Q K^T)) V within each packed sequence (Vaswani et al. 2017, eq. 1).
 
@@ -256,6 +260,9 @@ def attention(
         scale: default 1 / sqrt(head_size).
         dropout_p, site, seed: dropout on the probabilities; the mask is a function of these and of
             the place (docs/ARCHITECTURE.md).
+        first_only: only the first token of every sequence asks: query is
+            [B, num_heads * head_size], and so is the result, 0 where a sequence is empty. Dropout's
+            mask is that of the packed row where the sequence starts.
 
     Returns:
         [N, num_heads * head_size].
@@ -277,6 +284,7 @@ def attention(
         dropout_p,
         site,
         seed,
+        first_only,
     )
     return out
 

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Arguments of transformers' forward that an encoder over whole texts has no use for, and the values
+# of each that change nothing; others are refused.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "use_cache": (None, False, True),
+    "past_key_values": (None,),
+    "encoder_hidden_states": (None,),
+    "encoder_attention_mask": (None,),
+    "is_causal": (None, False),
+    "head_mask": (None,),
+    "num_items_in_batch": (None,),
+    "output_router_logits": (None, False),
+    "cu_seq_lens_q": (None,),
+    "cu_seq_lens_k": (None,),
+    "max_length_q": (None,),
+    "max_length_k": (None,),
+    "seq_idx": (None,),
+}
+_WHY = {
+    "past_key_values": "this is an encoder: it generates nothing and has no cache",
+    "encoder_hidden_states": "this is an encoder without cross-attention",
+    "encoder_attention_mask": "this is an encoder without cross-attention",
+    "is_causal": "every token attends to the whole text",
+    "head_mask": "heads are not switched off (transformers 5 does not either)",
+    "num_items_in_batch": "this model has no sum of losses to divide by it",
+    "output_router_logits": "there are no experts",
+}
+_PACKED = "a batch without padding comes as packed=PackedBatch(...)"
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -57,3 +86,18 @@ def token_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tenso
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask holds values other than 0 and 1; expected 1 for tokens")
     return checked
+
+
+def no_effect(arguments: Mapping[str, Any]) -> None:
+    """Lets further arguments of transformers' forward pass where they change nothing.
+
+    Raises:
+        TypeError: a name that neither side knows.
+        ValueError: a value that would change the result there.
+    """
+    for name, value in arguments.items():
+        if name not in _WITHOUT_EFFECT:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+        # By identity: a tensor has no truth value, and 1 is not True.
+        if not any(value is harmless for harmless in _WITHOUT_EFFECT[name]):
+            raise ValueError(f"{name} is not supported: {_WHY.get(name, _PACKED)}")

@@ -35,15 +35,16 @@ def signs_of_chance(
 
     Args:
         losses: of the latest steps after warm-up, at least one.
-        guessing: see :func:`guessing_loss`.
-        evaluation: on dev data, or None.
+        guessing: mean loss of the best answer that does not look at the text, see
+            :func:`guessing_loss`.
+        evaluation: of a classifier on dev data, or None.
     """
     signs = []
     loss = sum(losses) / len(losses)
     if loss >= (1 - _MARGIN) * guessing:
         signs.append(
-            f"the mean loss of the last {len(losses)} steps is {loss:.3f}, and guessing by the "
-            f"labels' shares gives {guessing:.3f}"
+            f"the mean loss of the last {len(losses)} steps is {loss:.3f}, and guessing without "
+            f"a look at the text gives {guessing:.3f}"
         )
     answer = None if evaluation is None else _only_answer(evaluation)
     if evaluation is not None and answer is not None:

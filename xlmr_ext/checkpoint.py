@@ -1,6 +1,6 @@
-"""Loading and saving of models: ``config.json`` and ``model.safetensors`` in Hugging Face's layout.
+"""Loading and saving of models: ``config.json`` and weights in Hugging Face's layout.
 
-The weights' file is mapped into memory, privately: a tensor whose type fits is used where it lies,
+Files of weights are mapped into memory, privately: a tensor whose type fits is used where it lies,
 training it copies only the pages that change, and the file itself is never written to. Like any
 mapped file it must not be cut short or edited in place while a model uses it; replacing it
 (as ``save_pretrained`` does) is safe.
@@ -8,7 +8,6 @@ mapped file it must not be cut short or edited in place while a model uses it; r
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,14 +19,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xlmr_ext.configuration import CONFIG_NAME
-from xlmr_ext.files import list_files, replace_files, resolve_files
-from xlmr_ext.weights import (
+from xlmr_ext.files import fairseq_hint, first_file, list_files, pinned, resolve_files, staging
+from xlmr_ext.formats.bert import is_bert_layout
+from xlmr_ext.formats.bert_weights import BertWeights
+from xlmr_ext.formats.shards import ShardedWeights, read_index, split_into_shards
+from xlmr_ext.formats.weights_file import (
     FILE_DTYPES,
+    SafetensorsFile,
+    WeightsFile,
+    open_torch_weights,
+)
+from xlmr_ext.weights import (
     Plan,
     check_dtypes,
     match_entries,
-    open_weights,
-    read_shapes,
     read_tensors,
     tensors_to_save,
     write_weights,
@@ -36,10 +41,11 @@ from xlmr_ext.weights import (
 if TYPE_CHECKING:
     from xlmr_ext.pretrained import PreTrainedModel
 
-__all__ = ["WEIGHTS_NAME", "load_model", "parse_dtype", "save_model"]
+__all__ = ["find_weights", "load_model", "open_checkpoint", "parse_dtype", "save_model"]
 
-WEIGHTS_NAME = "model.safetensors"
-_OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|onnx|safetensors(\.index\.json)?)$")
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|safetensors(\.index.*)?)$")
 _FILLING = frozenset(
     ("normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_", "zero_", "fill_")
 )
@@ -49,17 +55,16 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 def load_model(
     build: Callable[[], Model],
-    name_or_path: str | os.PathLike[str],
-    hub: Mapping[str, Any],
+    weights: WeightsFile,
     *,
     dtype: torch.dtype | Literal["auto"],
     ignore_mismatched_sizes: bool,
 ) -> tuple[Model, Plan]:
-    """Builds a model and fills it from a directory or the hub.
+    """Builds a model and fills it.
 
     Args:
         build: makes the model; called on the meta device, so nothing is allocated or initialised.
-        hub: keyword arguments of :func:`resolve_files`.
+        weights: of :func:`open_checkpoint`, or a ``TensorDict``.
         dtype: type of the parameters; ``"auto"``: the file's own.
         ignore_mismatched_sizes: initialise anew what has another shape in the file.
 
@@ -67,46 +72,162 @@ def load_model(
         The model, on the CPU, and which entries filled it.
 
     Raises:
-        OSError: a file is not there or cannot be read.
+        OSError: a file cannot be read.
         ValueError: the weights are not usable; the message names the file and the entry.
     """
-    path = _find_weights(name_or_path, hub)
     with torch.device("meta"), _WithoutFilling():
         model = build()
     expected: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    with open_weights(path) as weights:
-        plan = match_entries(
-            expected,
-            read_shapes(weights),
-            path=path,
-            model=type(model).__name__,
-            prefix=f"{model.base_model_prefix}.",
-            is_base=model.base_model is model,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-        )
-        floats = check_dtypes(expected, plan, weights, path)
-        chosen = _promoted(floats) if dtype == "auto" else dtype
+    plan = match_entries(
+        expected,
+        weights.shapes,
+        path=weights.path,
+        model=type(model).__name__,
+        prefix=f"{model.base_model_prefix}.",
+        is_base=model.base_model is model,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    floats = check_dtypes(expected, plan, weights)
+    chosen = _promoted(floats) if dtype == "auto" else dtype
+    with torch.device("cpu"):  # whatever the caller's default is
         tensors = read_tensors(expected, plan, weights, chosen)
-    _initialise(model, {*plan.missing, *(name for name, _, _ in plan.mismatched)}, chosen)
-    model.load_state_dict(tensors, strict=False, assign=True)
-    _fill_buffers(model, chosen)
-    plan.report(type(model).__name__, path)
+        _initialise(model, {*plan.missing, *(name for name, _, _ in plan.mismatched)}, chosen)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        _fill_buffers(model, chosen)
+    plan.report(type(model).__name__, weights.path)
     return model, plan
 
 
-def save_model(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
-    """Writes ``config.json`` and ``model.safetensors``; see PreTrainedModel.save_pretrained."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+def open_checkpoint(
+    name_or_path: str | os.PathLike[str],
+    hub: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> WeightsFile:
+    """Finds and opens the weights of a directory or hub model, whatever format they are in.
+
+    Args:
+        hub: keyword arguments of :func:`resolve_files`.
+        config: the content of the ``config.json`` beside them, which tells BERT's layout.
+        variant, use_safetensors: as :func:`find_weights`.
+
+    Raises:
+        OSError: a file is not there or cannot be read.
+        ValueError: a file is not usable; the message names it and the entry.
+    """
+    path = find_weights(name_or_path, hub, variant=variant, use_safetensors=use_safetensors)
+    weights: WeightsFile
+    if path.suffix == ".json":
+        hub = pinned(hub, path)
+        index = read_index(path)
+        files: dict[str, Path] = {}
+        for shard in index.shards:
+            try:
+                files |= resolve_files(name_or_path, [shard], **hub)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{path}: {index.first_entry(shard)} is said to be in {shard}: {error}"
+                ) from error
+        weights = ShardedWeights(index, files)
+    elif path.suffix == ".bin":
+        weights = open_torch_weights(path)
+    else:
+        weights = SafetensorsFile(path)
+    return BertWeights(weights, config) if is_bert_layout(config) else weights
+
+
+def find_weights(
+    name_or_path: str | os.PathLike[str],
+    hub: Mapping[str, Any],
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> Path:
+    """The file of weights, or the index of several: safetensors first, torch's pickles after.
+
+    Args:
+        hub: keyword arguments of :func:`resolve_files`.
+        variant: what the file's name has before its last dot, ``"fp16"`` for instance.
+        use_safetensors: True: no pickles; False: pickles only.
+
+    Raises:
+        OSError: there is none; the message says what there is.
+    """
+    if use_safetensors not in (True, False, None):
+        raise ValueError(f"use_safetensors must be True, False or None, got {use_safetensors!r}")
+    kinds = [*_SAFETENSORS, *_TORCH]
+    if use_safetensors is not None:
+        kinds = [*(_SAFETENSORS if use_safetensors else _TORCH)]
+    names = [variant_name(name, variant) for name in kinds]
+    found = first_file(name_or_path, names, **hub)
+    if found is not None:
+        return found
+    listing = list_files(name_or_path, **hub)
+    there = [name for name in listing if _OTHER_WEIGHTS.fullmatch(name)] or listing
+    raise FileNotFoundError(
+        f"{name_or_path} has no file {' or '.join(names)}; found: "
+        f"{', '.join(there[:8]) or 'nothing'}{fairseq_hint(listing)}"
+    )
+
+
+def save_model(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes ``config.json`` and the weights; see PreTrainedModel.save_pretrained."""
+    config = model.config_to_save()
     config.validate()
     text = config.to_json_string().encode()
-    tensors = tensors_to_save(model.state_dict(keep_vars=True))
-    writers: dict[str, Callable[[Path], object]] = {
-        WEIGHTS_NAME: lambda path: write_weights(tensors, path),
-        CONFIG_NAME: lambda path: path.write_bytes(text),
-    }
-    replace_files(directory, writers)
+    tensors = tensors_to_save(
+        model.state_dict(keep_vars=True) if state_dict is None else state_dict
+    )
+    single, index = (variant_name(name, variant) for name in _SAFETENSORS)
+    old_shards = _shards_in(Path(directory), variant)
+    shards, index_text = split_into_shards(tensors, max_shard_size, single, taken=old_shards)
+    # Each step leaves the old weights or the new ones: the single file comes before an index for
+    # whoever loads, and new shards have names that the old index does not know.
+    order = [index, single] if index_text else [single, index]
+    with staging(
+        directory,
+        order=[*order, CONFIG_NAME],
+        # Other labels beside weights that they are not of would go unnoticed.
+        withdraw=None if _holds(Path(directory) / CONFIG_NAME, text) else CONFIG_NAME,
+        stale=old_shards,
+    ) as fresh:
+        for name, keys in shards.items():
+            write_weights({key: tensors[key] for key in keys}, fresh / name)
+        if index_text:
+            (fresh / index).write_text(index_text, encoding="ascii")
+        (fresh / CONFIG_NAME).write_bytes(text)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def _shards_in(directory: Path, variant: str | None) -> list[str]:
+    """Shards of an earlier save into the directory."""
+    suffix = "" if variant is None else re.escape(f".{variant}")
+    shard = re.compile(rf"model(-\d+)?{suffix}-\d{{5}}-of-\d{{5}}\.safetensors")
+    if not directory.is_dir():
+        return []
+    return [path.name for path in directory.iterdir() if shard.fullmatch(path.name)]
+
+
+def variant_name(name: str, variant: str | None) -> str:
+    """The name of a file of weights with the variant in it: ``model.fp16.safetensors``."""
+    if variant is None:
+        return name
+    if not isinstance(variant, str) or not re.fullmatch(r"\w[\w.-]*", variant):
+        raise ValueError(f"variant must be a word such as 'fp16', got {variant!r}")
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:
@@ -150,22 +271,6 @@ class _WithoutFilling(TorchFunctionMode):
             if tensor.is_meta:
                 return tensor
         return func(*args, **named)
-
-
-def _find_weights(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
-    found = resolve_files(name_or_path, [], optional=[WEIGHTS_NAME], **hub)
-    if WEIGHTS_NAME in found:
-        return found[WEIGHTS_NAME]
-    listing = list_files(
-        name_or_path, **{k: hub[k] for k in ("local_files_only", "revision", "token")}
-    )
-    other = [name for name in listing if _OTHER_WEIGHTS.match(name)]
-    if other:
-        raise OSError(
-            f"{name_or_path} has no {WEIGHTS_NAME}, and this release reads no other file of "
-            f"weights; found: {', '.join(other[:8])}"
-        )
-    return resolve_files(name_or_path, [WEIGHTS_NAME], **hub)[WEIGHTS_NAME]
 
 
 def _initialise(model: PreTrainedModel, missing: set[str], dtype: torch.dtype) -> None:

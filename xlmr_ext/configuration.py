@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlmr_ext.files import replace_files, resolve_files
+from xlmr_ext.config_surface import ConfigSurface
+from xlmr_ext.files import fairseq_hint, list_files, replace_files, resolve_files
+from xlmr_ext.label_tables import are_settled, is_integer, label_tables, labels_of_file, short
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CONFIG_NAME", "HIDDEN_ACTS", "XLMRobertaConfig"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["CONFIG_NAME", "HIDDEN_ACTS", "XLMRobertaConfig", "read_config"]
 
 CONFIG_NAME = "config.json"
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -43,15 +42,23 @@ _INTEGER_BOUNDS = {
     "pad_token_id": (0, 2**31 - 2),
 }
 _MAX_PARAMETERS = 10**11
-_MAX_LABELS = 10**6
 _MAX_FILE_BYTES = 2**26
 
-_LABEL_KEYS = ("num_labels", "id2label", "label2id")
+# What people try to load, and why it is not XLM-R.
+_OTHER_MODELS = {
+    "bert": "BERT's layout is read from a folder or the hub, where its vocabulary is XLM-R's",
+    "camembert": "the same encoder with a French vocabulary of its own",
+    "roberta": "the same encoder with an English vocabulary of another kind (byte pairs)",
+    "xlm": "the older XLM, another encoder with another vocabulary",
+    "xlm-roberta-xl": "XLM-R XL and XXL are pre-LayerNorm models, which xlmr_ext does not have; it "
+    "runs the base and large architecture",
+}
+
 # Written by other releases about themselves; never a property of the model.
 _DROPPED_KEYS = ("model_type", "_name_or_path", "name_or_path")
 
 
-class XLMRobertaConfig:
+class XLMRobertaConfig(ConfigSurface):
     """Shape and settings of an XLM-R model; the defaults are those of the base model.
 
     Args:
@@ -139,7 +146,7 @@ class XLMRobertaConfig:
         dtype = other.pop("torch_dtype", None) if dtype is None else dtype
         self.dtype: str | None = None if dtype is None else str(dtype).removeprefix("torch.")
         self.architectures = architectures
-        self.id2label, self.label2id = _labels(num_labels, id2label, label2id)
+        self.id2label, self.label2id = label_tables(num_labels, id2label, label2id)
         for key in _DROPPED_KEYS:
             other.pop(key, None)
         self._other.update(other)
@@ -156,7 +163,7 @@ class XLMRobertaConfig:
         other = self.__dict__.get("_other", {})
         if name in other:
             return other[name]
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return self._absent(name)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, XLMRobertaConfig) and self.to_dict() == other.to_dict()
@@ -174,7 +181,7 @@ class XLMRobertaConfig:
     @num_labels.setter
     def num_labels(self, value: int) -> None:
         if value != len(self.id2label):
-            self.id2label, self.label2id = _labels(value, None, None)
+            self.id2label, self.label2id = label_tables(value, None, None)
 
     @property
     def use_return_dict(self) -> bool:
@@ -198,31 +205,31 @@ class XLMRobertaConfig:
         """
         for name, (low, high) in _INTEGER_BOUNDS.items():
             value = getattr(self, name)
-            if not _is_integer(value):
-                raise TypeError(f"{name} must be an integer, got {_short(value)}")
+            if not is_integer(value):
+                raise TypeError(f"{name} must be an integer, got {short(value)}")
             if not low <= value <= high:
-                raise ValueError(f"{name} must be between {low} and {high}, got {_short(value)}")
+                raise ValueError(f"{name} must be between {low} and {high}, got {short(value)}")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if value is not None and not (_is_integer(value) and value >= 0):
-                raise ValueError(f"{name} must be None or an integer >= 0, got {_short(value)}")
+            if value is not None and not (is_integer(value) and value >= 0):
+                raise ValueError(f"{name} must be None or an integer >= 0, got {short(value)}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, name)
             if value is None and name == "classifier_dropout":
                 continue
             if not 0.0 <= _number(name, value) < 1.0:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {_short(value)}")
+                raise ValueError(f"{name} must be at least 0 and below 1, got {short(value)}")
         if not 0.0 <= _number("initializer_range", self.initializer_range) < math.inf:
             raise ValueError(
-                f"initializer_range must be finite and >= 0, got {_short(self.initializer_range)}"
+                f"initializer_range must be finite and >= 0, got {short(self.initializer_range)}"
             )
         if not 0.0 < _number("layer_norm_eps", self.layer_norm_eps) < math.inf:
             raise ValueError(
-                f"layer_norm_eps must be finite and above 0, got {_short(self.layer_norm_eps)}"
+                f"layer_norm_eps must be finite and above 0, got {short(self.layer_norm_eps)}"
             )
         for name in ("return_dict", "output_hidden_states", "output_attentions"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {_short(getattr(self, name))}")
+                raise TypeError(f"{name} must be a bool, got {short(getattr(self, name))}")
         _one_of("hidden_act", self.hidden_act, HIDDEN_ACTS)
         _one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         if self.problem_type is not None:
@@ -231,10 +238,11 @@ class XLMRobertaConfig:
         if architectures is not None and not (
             isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
         ):
-            raise TypeError(f"architectures must be a list of names, got {_short(architectures)}")
+            raise TypeError(f"architectures must be a list of names, got {short(architectures)}")
         self._validate_sizes()
         self._refuse_other_models()
-        _labels(None, self.id2label, self.label2id)
+        if not are_settled(self.id2label, self.label2id):
+            label_tables(None, self.id2label, self.label2id)
 
     def _validate_sizes(self) -> None:
         hidden, heads = self.hidden_size, self.num_attention_heads
@@ -273,7 +281,7 @@ class XLMRobertaConfig:
                 raise ValueError(f"{name} must be false: xlmr_ext has the XLM-R encoder only")
         for name in ("pruned_heads", "quantization_config"):
             if self._other.get(name):
-                raise ValueError(f"{name} is not supported, got {_short(self._other[name])}")
+                raise ValueError(f"{name} is not supported, got {short(self._other[name])}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
@@ -288,45 +296,64 @@ class XLMRobertaConfig:
             TypeError, ValueError: as the constructor; or ``model_type`` names another model.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(f"a configuration must be a JSON object, got {_short(values)}")
+            raise TypeError(f"a configuration must be a JSON object, got {short(values)}")
         merged = {str(key): value for key, value in values.items()}
-        _check_model_type(merged.get("model_type"))
-        merged.update(_reconcile_labels(merged, overrides))
+        _check_model_type(merged)
+        merged.update(labels_of_file(merged, overrides))
         merged.update(overrides)
         return cls(**merged)
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         local_files_only: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        force_download: bool = False,
+        subfolder: str = "",
         **overrides: Any,
     ) -> Self:
-        """Reads ``config.json`` of a directory or of a hub model.
+        """Reads ``config.json`` of a directory or of a hub model, also one in BERT's layout.
 
         Args:
-            name_or_path: a directory, or a hub name such as ``"FacebookAI/xlm-roberta-base"``.
-            local_files_only, cache_dir, revision, token: for a hub name, as in huggingface_hub.
+            pretrained_model_name_or_path: a directory, or a hub name such as
+                ``"FacebookAI/xlm-roberta-base"``.
+            local_files_only, cache_dir, revision, token, force_download: for a hub name, as in
+                huggingface_hub.
+            subfolder: the folder within the model that the file lies in.
             **overrides: as in :meth:`from_dict`.
 
         Raises:
             OSError: the file is not there or cannot be read.
             TypeError, ValueError: it is not a usable configuration; the message names the file.
         """
-        path = resolve_files(
-            name_or_path,
-            [CONFIG_NAME],
+        path, values = read_config(
+            pretrained_model_name_or_path,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
             revision=revision,
             token=token,
-        )[CONFIG_NAME]
-        values = _read_json(path)
+            force_download=force_download,
+            subfolder=subfolder,
+        )
+        return cls.from_file(path, values, **overrides)
+
+    @classmethod
+    def from_file(cls, path: Path, values: Any, **overrides: Any) -> Self:
+        """A configuration of what :func:`read_config` found; BERT's layout becomes XLM-R's.
+
+        Raises:
+            TypeError, ValueError: it is not usable; the message names ``path``.
+        """
         try:
+            if isinstance(values, Mapping) and values.get("model_type") == "bert":
+                # Imported late: it needs torch.
+                from xlmr_ext.formats.bert import config_from_bert
+
+                values = config_from_bert(values)
             return cls.from_dict(values, **overrides)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -368,121 +395,52 @@ _FIELDS = tuple(
 )
 
 
-def _short(value: object) -> str:
-    """A value for an error message: its text, cut, and its type."""
-    # str() of an integer of more than 4300 digits raises; nothing that long is worth printing.
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return f"{text[:80]}{'...' if len(text) > 80 else ''} ({type(value).__name__})"
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_short(value)}")
+        raise TypeError(f"{name} must be a number, got {short(value)}")
     return float(value) if abs(value) < 1e300 else math.inf
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {listed}; got {_short(value)}")
+        raise ValueError(f"{name} must be one of {listed}; got {short(value)}")
 
 
-def _check_model_type(model_type: object) -> None:
-    if model_type is None or model_type == XLMRobertaConfig.model_type:
+def _check_model_type(values: Mapping[str, Any]) -> None:
+    model_type = values.get("model_type")
+    if model_type == XLMRobertaConfig.model_type:
         return
-    if model_type == "xlm-roberta-xl":
-        raise ValueError(
-            "XLM-R XL and XXL (model_type 'xlm-roberta-xl') are pre-LayerNorm models, "
-            "which xlmr_ext does not have; it runs the base and large architecture"
-        )
-    raise ValueError(f"model_type must be 'xlm-roberta', got {_short(model_type)}")
+    if model_type is None:
+        # The oldest files do not say, but name the class.
+        names = values.get("architectures")
+        if isinstance(names, list) and names and not str(names[0]).startswith("XLMRoberta"):
+            raise ValueError(f"architectures must name a class of XLM-R, got {short(names)}")
+        return
+    reason = _OTHER_MODELS.get(model_type) if isinstance(model_type, str) else None
+    raise ValueError(
+        f"model_type must be 'xlm-roberta', got {short(model_type)}"
+        f"{': ' + reason if reason else ''}"
+    )
 
 
-def _read_json(path: Path) -> Any:
+def read_config(name_or_path: str | os.PathLike[str], **hub: Any) -> tuple[Path, Any]:
+    """``config.json`` of a directory or hub model: its path and content, as it stands.
+
+    ``hub`` are keyword arguments of :func:`resolve_files`, whose errors these are; ValueError
+    where the file is not JSON.
+    """
+    try:
+        path = resolve_files(name_or_path, [CONFIG_NAME], **hub)[CONFIG_NAME]
+    except FileNotFoundError as error:
+        hint = fairseq_hint(list_files(name_or_path, **{**hub, "local_files_only": True}))
+        if hint:
+            raise FileNotFoundError(f"{error}{hint}") from None
+        raise
     size = path.stat().st_size
     if size > _MAX_FILE_BYTES:
         raise ValueError(f"{path}: {size} bytes is too large for a configuration")
     try:
-        return json.loads(path.read_bytes())
+        return path, json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file ({error})") from None
-
-
-def _label_index(key: object) -> int:
-    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10:
-        return int(key)
-    if _is_integer(key):
-        assert isinstance(key, int)
-        return key
-    raise ValueError(f"a label's number must be an integer >= 0, got {_short(key)}")
-
-
-def _labels(
-    num_labels: int | None, id2label: Mapping[Any, str] | None, label2id: Mapping[str, Any] | None
-) -> tuple[dict[int, str], dict[str, int]]:
-    """Both label tables from whatever part of them is given; they never contradict each other."""
-    if num_labels is not None and not _is_integer(num_labels):
-        raise TypeError(f"num_labels must be an integer, got {_short(num_labels)}")
-    if num_labels is not None and not 1 <= num_labels <= _MAX_LABELS:
-        raise ValueError(f"num_labels must be 1 to {_MAX_LABELS}, got {_short(num_labels)}")
-    for name, table in (("id2label", id2label), ("label2id", label2id)):
-        if table is not None and not isinstance(table, Mapping):
-            raise TypeError(f"{name} must be a mapping, got {_short(table)}")
-    inverse = None
-    if label2id is not None:
-        inverse = {_label_index(index): str(label) for label, index in label2id.items()}
-        if len(inverse) != len(label2id):
-            raise ValueError("label2id gives two labels the same number")
-    if id2label is not None:
-        table = {_label_index(index): str(label) for index, label in id2label.items()}
-        if inverse is not None and inverse != table:
-            raise ValueError(
-                f"id2label and label2id contradict each other: {_short(table)}, {_short(inverse)}"
-            )
-    elif inverse is not None:
-        table = inverse
-    else:
-        table = {
-            index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)
-        }
-    table = dict(sorted(table.items()))
-    if not table or list(table) != list(range(len(table))):
-        raise ValueError(
-            f"the numbers of the labels must be 0, 1, 2, ... without a gap, got {list(table)[:20]}"
-        )
-    if num_labels is not None and num_labels != len(table):
-        raise ValueError(
-            f"num_labels = {num_labels} contradicts the {len(table)} labels that were given"
-        )
-    reverse = {label: index for index, label in table.items()}
-    if len(reverse) != len(table):
-        twice = next(label for index, label in table.items() if reverse[label] != index)
-        raise ValueError(f"id2label has the label {_short(twice)} twice")
-    return table, reverse
-
-
-def _reconcile_labels(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's label keys as they stand beside the overrides: None where they no longer count."""
-    given = {key for key in _LABEL_KEYS if overrides.get(key) is not None}
-    from_file = {key: values.get(key) for key in _LABEL_KEYS}
-    if given:
-        tables = from_file["id2label"] or from_file["label2id"]
-        named = len(tables) if isinstance(tables, Mapping) else None
-        if given == {"num_labels"} and overrides["num_labels"] == named:
-            return {**from_file, "num_labels": None}
-        return dict.fromkeys(_LABEL_KEYS)
-    if from_file["id2label"] is not None and from_file["label2id"] is not None:
-        # Files exist whose label2id was left behind by an edit of id2label; the class numbers of
-        # the head are id2label's.
-        try:
-            _labels(None, from_file["id2label"], from_file["label2id"])
-        except ValueError:
-            logger.warning("label2id of the configuration contradicts id2label and is ignored")
-            from_file["label2id"] = None
-    return from_file

@@ -32,6 +32,9 @@ _SUFFIXES: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".txt": "txt",
 }
+# Beyond this a column is not of labels but of numbers, names or texts. A head of that many labels
+# is 16 MB, a confusion matrix of them 128 MB; ten times as many would be a hundred times that.
+MAX_LABELS = 4096
 # The csv module refuses fields beyond 128 KiB unless told otherwise. A bound stays, because an
 # unclosed quote makes one field of the rest of the file.
 _CSV_FIELD_LIMIT = 1 << 27
@@ -167,7 +170,7 @@ def read_rows(
     wanted = [text_column]
     wanted += [] if pair_column is None else [pair_column]
     wanted += [] if label_column is None else [label_column]
-    lines = _lines(source, str(name), errors)
+    lines = text_lines(source, str(name), errors)
     if format == "txt":
         if len(wanted) > 1:
             raise ValueError(
@@ -185,7 +188,7 @@ def read_rows(
         for column, value in ((text_column, values[0]), (pair_column, pair)):
             if column is not None and not isinstance(value, str):
                 raise DataError(
-                    f"{name}:{number}: column {column!r} must hold a text, got {_kind(value)}"
+                    f"{name}:{number}: column {column!r} must hold a text, got {kind_of(value)}"
                 )
         yield Row(values[0], pair, label, number)
 
@@ -199,17 +202,25 @@ def read_labelled(
     pair_column: str | None = None,
     errors: Literal["strict", "replace"] = "strict",
 ) -> LabelledTexts:
-    """Reads a whole labelled file; see :func:`read_rows`. DataError where it has no rows."""
-    rows = list(
-        read_rows(
-            path,
-            format=format,
-            text_column=text_column,
-            pair_column=pair_column,
-            label_column=label_column,
-            errors=errors,
-        )
-    )
+    """Reads a whole labelled file; see :func:`read_rows`.
+
+    Raises:
+        DataError: where it has no rows, or more than :data:`MAX_LABELS` different labels.
+    """
+    rows: list[Row] = []
+    seen: set[str | None] = set()
+    for row in read_rows(
+        path,
+        format=format,
+        text_column=text_column,
+        pair_column=pair_column,
+        label_column=label_column,
+        errors=errors,
+    ):
+        rows.append(row)
+        seen.add(row.label)
+        if len(seen) > MAX_LABELS:
+            raise _too_many_labels(f"{path}:{row.line}", row.label or "")
     if not rows:
         raise DataError(f"{path} has no rows")
     return LabelledTexts(
@@ -228,6 +239,25 @@ def label_list(labels: Iterable[str]) -> list[str]:
         return sorted(distinct, key=lambda label: (int(label), label))
     except ValueError:
         return sorted(distinct)
+
+
+def training_labels(data: LabelledTexts) -> list[str]:
+    """The different labels, as :func:`label_list` sorts them, where a classifier can learn them.
+
+    Raises:
+        DataError: one label only, or more than :data:`MAX_LABELS`.
+    """
+    seen: set[str] = set()
+    for position, label in enumerate(data.labels):
+        seen.add(label)
+        if len(seen) > MAX_LABELS:
+            raise _too_many_labels(data.where(position), label)
+    if len(seen) < 2:
+        raise DataError(
+            f"{data.source} has one class only, {data.labels[0]!r}, from {data.where(0)} to "
+            f"{data.where(len(data) - 1)}: a classifier needs rows of at least 2"
+        )
+    return label_list(seen)
 
 
 def label_ids(data: LabelledTexts, labels: Sequence[str]) -> list[int]:
@@ -335,7 +365,8 @@ def packed(
     )
 
 
-def _lines(stream: BinaryIO, name: str, errors: str) -> Iterator[str]:
+def text_lines(stream: BinaryIO, name: str, errors: str = "strict") -> Iterator[str]:
+    """The lines of a UTF-8 stream, as they are; DataError for bytes that are not UTF-8."""
     # Splitting bytes, not text: U+0085, U+2028 and their like are part of a text.
     for number, raw in enumerate(stream, 1):
         try:
@@ -419,35 +450,50 @@ def _tsv_values(
         yield number, _fields(row, header, places, f"{name}:{number}")
 
 
-def _jsonl_values(
-    lines: Iterator[str], name: str, wanted: Sequence[str]
-) -> Iterator[tuple[int, list[Any]]]:
+def json_objects(lines: Iterator[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and JSON object of every line that is not blank; DataError for anything else."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{name}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: malformed JSON: {error}") from None
+            raise DataError(f"{name}:{number}: malformed JSON: {error}") from None
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object, got {_kind(row)}")
+            raise DataError(f"{name}:{number}: expected a JSON object, got {kind_of(row)}")
+        yield number, row
+
+
+def _jsonl_values(
+    lines: Iterator[str], name: str, wanted: Sequence[str]
+) -> Iterator[tuple[int, list[Any]]]:
+    for number, row in json_objects(lines, name):
         for column in wanted:
             if column not in row:
-                raise DataError(f"{where}: has no column {column!r}; it has {_shown(list(row))}")
+                raise DataError(
+                    f"{name}:{number}: has no column {column!r}; it has {_shown(list(row))}"
+                )
         yield number, [row[column] for column in wanted]
+
+
+def _too_many_labels(where: str, label: str) -> DataError:
+    return DataError(
+        f"{where}: {label[:60]!r} is label number {MAX_LABELS + 1}, and a classifier takes at most "
+        f"{MAX_LABELS}: is the column of labels the right one?"
+    )
 
 
 def _label(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{where}: a label must be a string or an integer, got {_kind(value)}")
+        raise DataError(f"{where}: a label must be a string or an integer, got {kind_of(value)}")
     label = str(value).strip()
     if not label:
         raise DataError(f"{where}: the label is empty")
     return label
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, for a message."""
     if value is None:
         return "null"
     return f"{type(value).__name__} {str(value)[:40]}"

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import os
-import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-__all__ = ["list_files", "replace_files", "resolve_files"]
+from xlmr_ext.hub import AbsentFileError, OutOfReachError, download, is_commit
+
+__all__ = [
+    "fairseq_hint",
+    "first_file",
+    "leads_out",
+    "list_files",
+    "pinned",
+    "replace_files",
+    "resolve_files",
+    "staging",
+]
+
+_STAGING = ".writing-"
+_STALE_SECONDS = 60.0
 
 
 def resolve_files(
@@ -21,6 +40,8 @@ def resolve_files(
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    force_download: bool = False,
+    subfolder: str = "",
 ) -> dict[str, Path]:
     """Finds files of a model; the network is used only for a hub name, and only where allowed.
 
@@ -31,7 +52,9 @@ def resolve_files(
         optional: files that may be absent; those are left out of the result, and so are those of a
             hub model that are not in the cache while the hub is out of reach.
         local_files_only: take hub files from the cache only (as ``HF_HUB_OFFLINE=1`` does).
-        cache_dir, revision, token: as in ``huggingface_hub.hf_hub_download``.
+        cache_dir, revision, token, force_download: as in ``huggingface_hub.hf_hub_download``. All
+            files are of the commit that the first one came from.
+        subfolder: the folder within the model that the files lie in.
 
     Returns:
         The path of each file found, by its name.
@@ -39,56 +62,124 @@ def resolve_files(
     Raises:
         OSError: the directory, the hub model or a required file cannot be found or read
             (``FileNotFoundError`` where it is known to be absent).
-        ValueError: ``name_or_path`` can be neither a directory nor a hub name.
+        ValueError: ``name_or_path`` can be neither a directory nor a hub name, or ``subfolder``
+            leads out of it.
     """
     wanted = [*((name, True) for name in filenames), *((name, False) for name in optional)]
-    name, directory = _locate(name_or_path)
+    name, directory = _locate(name_or_path, subfolder)
+    hub: dict[str, Any] = {
+        "local_files_only": local_files_only,
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "token": token,
+        "force_download": force_download,
+    }
     found: dict[str, Path] = {}
     for filename, required in wanted:
-        path: Path | None
         if directory is not None:
-            path = directory / filename
-            if not path.is_file():
-                path = None
+            if (directory / filename).is_file():
+                found[filename] = directory / filename
+            elif required:
+                raise FileNotFoundError(
+                    f"{directory} has no file {filename}; found: {_listing(directory)}"
+                )
+            continue
+        try:
+            found[filename] = download(name, _within(subfolder, filename), **hub)
+        except (AbsentFileError, OutOfReachError):
+            if required:
+                raise
         else:
-            path = _download(
-                name,
-                filename,
-                required=required,
-                local_files_only=local_files_only,
-                cache_dir=cache_dir,
-                revision=revision,
-                token=token,
-            )
-        if path is not None:
-            found[filename] = path
-        elif required:
-            if directory is None:
-                raise FileNotFoundError(f"the hub model {name!r} has no file {filename}")
-            there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
-            raise FileNotFoundError(f"{directory} has no file {filename}; found: {there}")
+            hub = pinned(hub, found[filename])
     return found
 
 
-def list_files(
-    name_or_path: str | os.PathLike[str],
-    *,
-    local_files_only: bool = False,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> list[str]:
-    """Names of the files of a model, as far as they can be told: for error messages."""
-    name, directory = _locate(name_or_path)
-    if directory is not None:
-        return sorted(path.name for path in directory.iterdir())
-    if local_files_only:
-        return []
-    import huggingface_hub
+def first_file(
+    name_or_path: str | os.PathLike[str], candidates: Sequence[str], **hub: Any
+) -> Path | None:
+    """The first of several files that a model has; None where it is known to have none.
 
+    While the hub is out of reach the first one in the cache is taken.
+
+    Args:
+        candidates: file names, the preferred one first.
+        **hub: keyword arguments of :func:`resolve_files`.
+
+    Raises:
+        OSError: the hub is out of reach, and none of the files is in the cache.
+        ValueError: as :func:`resolve_files`.
+    """
+    name, directory = _locate(name_or_path, hub.get("subfolder", ""))
+    if directory is not None:
+        return next((directory / c for c in candidates if (directory / c).is_file()), None)
+    options = dict(hub)
+    subfolder = options.pop("subfolder", "")
+    failure: OutOfReachError | None = None
+    for candidate in candidates:
+        try:
+            return download(name, _within(subfolder, candidate), **options)
+        except AbsentFileError:
+            continue
+        except OutOfReachError as error:
+            failure = failure or error
+            options.update(local_files_only=True, force_download=False)
+    if failure is not None:
+        raise failure
+    return None
+
+
+def pinned(hub: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The hub arguments with the commit that ``path`` came from as revision, so that what is
+    fetched next belongs to it; unchanged for a path that is not from the hub."""
+    parts = path.parts
+    for above, below in itertools.pairwise(parts):
+        if above == "snapshots" and is_commit(below):
+            return {**hub, "revision": below}
+    return dict(hub)
+
+
+def list_files(name_or_path: str | os.PathLike[str], **hub: Any) -> list[str]:
+    """Names of the files of a model, as far as they can be told: for error messages.
+
+    ``hub`` are keyword arguments of :func:`resolve_files`.
+    """
+    subfolder = hub.get("subfolder", "")
+    name, directory = _locate(name_or_path, subfolder)
+    if directory is not None:
+        return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if hub.get("local_files_only"):
+        return []
     # Only there to make a message better: no failure of it may hide that message.
     with contextlib.suppress(Exception):
-        return sorted(huggingface_hub.list_repo_files(name, revision=revision, token=token))
+        import huggingface_hub
+
+        names = huggingface_hub.list_repo_files(
+            name, revision=hub.get("revision"), token=hub.get("token")
+        )
+        paths = map(PurePosixPath, names)
+        return sorted(path.name for path in paths if path.parent == PurePosixPath(subfolder))
     return []
+
+
+def fairseq_hint(listing: Iterable[str]) -> str:
+    """The end of a message that a file is missing, where the model is one of fairseq's."""
+    if "model.pt" not in listing:
+        return ""
+    return "; its model.pt is of fairseq: xlmr-ext convert makes a folder of it that can be loaded"
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file of ``folder`` is a link to somewhere else.
+
+    A snapshot in the hub's cache holds links to the blobs beside it, which may in turn be links
+    to blobs that several models share; both are part of it.
+    """
+    root, target = folder.resolve(), path.resolve()
+    allowed = [root]
+    for above in (root, *root.parents):
+        if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            allowed += [above.parent / "blobs", above.parent.parent / "blobs"]
+    return not any(target.is_relative_to(place) for place in allowed)
 
 
 def replace_files(
@@ -96,38 +187,113 @@ def replace_files(
 ) -> None:
     """Writes files into a directory (made where absent) so that each is the old one or the new.
 
-    All files are written beside their targets and flushed to the disk first, then renamed. A
-    failure before the renaming (a full disk, an interrupt) leaves the old files as they were and
-    no temporary ones. A file that is mapped into memory may be replaced: the mapping keeps the old.
+    They are replaced in the order of ``writers``. A file that is mapped into memory may be
+    replaced: the mapping keeps the old.
 
     Args:
         directory: where the files go.
         writers: by file name, a function that writes the whole content to the path it is given.
 
     Raises:
+        OSError: writing failed; the old files are as they were.
+    """
+    with staging(directory, order=list(writers)) as fresh:
+        for name, write in writers.items():
+            write(fresh / name)
+
+
+@contextlib.contextmanager
+def staging(
+    directory: str | os.PathLike[str],
+    *,
+    order: Sequence[str] = (),
+    withdraw: str | None = None,
+    stale: Iterable[str] = (),
+) -> Iterator[Path]:
+    """A folder to write a set of files in; they replace those of ``directory`` when all is there.
+
+    The folder is hidden in ``directory``, so on the same file system. At the end of the block
+    everything in it is flushed to the disk and then renamed, file by file: first what ``order``
+    does not name, then ``order``'s, each of them on the disk before the next. A failure before the
+    renaming (a full disk, an interrupt) leaves the old files as they were and nothing else; what a
+    killed process left is removed by the next one.
+
+    Args:
+        directory: where the files go; made where absent.
+        order: names whose order matters. One that the folder does not hold is removed from
+            ``directory`` at its turn.
+        withdraw: a file of ``directory`` without which the set is of no use. It is taken away
+            before the first of ``order`` and comes back with its turn, so that a process killed in
+            between leaves a set that nobody takes for whole.
+        stale: files to remove from ``directory`` after all else.
+
+    Raises:
         OSError: writing failed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    temporary: dict[str, Path] = {}
+    _remove_leftovers(directory)
+    fresh = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
+    # The lock tells others that this process lives; it ends with it.
+    lock = os.open(fresh, os.O_RDONLY)
     try:
-        for name, write in writers.items():
-            path = directory / f".{name}.{secrets.token_hex(6)}.tmp"
-            temporary[name] = path
-            with path.open("xb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            write(path)
-            # A writer may put a file of its own in this place, with narrower rights.
-            path.chmod(mode)
-            _flush(path)
-        for name, path in temporary.items():
-            path.replace(directory / name)
-        # The renaming itself: some file systems cannot flush a directory.
-        with contextlib.suppress(OSError):
-            _flush(directory)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mode = _default_mode(fresh)
+        yield fresh
+        names = sorted(path.name for path in fresh.iterdir())
+        for name in names:
+            # Some writers give their files narrower rights than others of this user's have.
+            (fresh / name).chmod(mode)
+            _flush(fresh / name)
+        for name in names:
+            if name not in order:
+                (fresh / name).replace(directory / name)
+        _flush_names(directory)
+        old, aside = directory / (withdraw or ""), fresh / ".withdrawn"
+        if old.is_file():
+            old.replace(aside)
+        begun = False
+        try:
+            for name in order:
+                _flush_names(directory)
+                if name in names:
+                    (fresh / name).replace(directory / name)
+                else:
+                    (directory / name).unlink(missing_ok=True)
+                begun = True
+        except BaseException:
+            if not begun and aside.exists():
+                aside.replace(old)
+            raise
+        _flush_names(directory)
+        for name in stale:
+            (directory / name).unlink(missing_ok=True)
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.close(lock)
+
+
+def _default_mode(folder: Path) -> int:
+    probe = folder / "mode"
+    with probe.open("xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    return mode
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for path in directory.glob(f"{_STAGING}*"):
+        with contextlib.suppress(OSError):
+            # A young one may be about to be locked.
+            if time.time() - path.stat().st_mtime < _STALE_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
@@ -138,16 +304,33 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _locate(name_or_path: str | os.PathLike[str]) -> tuple[str, Path | None]:
+def _flush_names(directory: Path) -> None:
+    # The renaming itself: some file systems cannot flush a directory.
+    with contextlib.suppress(OSError):
+        _flush(directory)
+
+
+def _listing(directory: Path) -> str:
+    return ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
+
+
+def _locate(name_or_path: str | os.PathLike[str], subfolder: str = "") -> tuple[str, Path | None]:
     """The name, and the directory that it stands for (None: a hub name)."""
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(
             f"name_or_path must be a directory or a hub name, got {type(name_or_path).__name__}"
         )
+    if not isinstance(subfolder, str):
+        raise TypeError(f"subfolder must be a str, got {type(subfolder).__name__}")
+    if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
+        raise ValueError(f"subfolder must name a folder within the model, got {subfolder!r}")
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     if path.is_dir():
-        return name, path
+        folder = path / subfolder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{path} has no folder {subfolder}; found: {_listing(path)}")
+        return name, folder
     if path.exists():
         raise NotADirectoryError(f"{name!r} is a file; expected a model's directory or a hub name")
     # A hub name is "name" or "owner/name" and looks like neither of these.
@@ -156,52 +339,5 @@ def _locate(name_or_path: str | os.PathLike[str]) -> tuple[str, Path | None]:
     return name, None
 
 
-def _download(
-    name: str,
-    filename: str,
-    *,
-    required: bool,
-    local_files_only: bool,
-    cache_dir: str | os.PathLike[str] | None,
-    revision: str | None,
-    token: str | bool | None,
-) -> Path | None:
-    """One file of a hub model, from the cache or the network; None where the model has no such."""
-    # Imported late: whoever works on directories does not pay for it.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        return Path(
-            str(
-                hf_hub_download(
-                    repo_id=name,
-                    filename=filename,
-                    cache_dir=None if cache_dir is None else Path(cache_dir),
-                    revision=revision,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        if not required:
-            return None
-        raise FileNotFoundError(
-            f"{name!r} is no directory here, and {filename} of a hub model of that name is not in "
-            f"the cache and could not be fetched: {error}"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise ValueError(f"{name!r} is neither a directory nor a hub name: {error}") from error
-    except Exception as error:
-        # The hub client's other errors are of its HTTP library's kinds, which differ by release.
-        raise OSError(
-            f"{name!r} is no directory here, and {filename} of a hub model of that name could not "
-            f"be fetched: {error}"
-        ) from error
+def _within(subfolder: str, filename: str) -> str:
+    return str(PurePosixPath(subfolder) / filename)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xlmr_ext.batch_checks import no_effect
 from xlmr_ext.configuration import XLMRobertaConfig
 from xlmr_ext.layers import Linear, dense_tanh
 from xlmr_ext.losses import classification_loss, cross_entropy, span_loss
@@ -44,6 +45,7 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
     """
 
     base_model_prefix = "roberta"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: XLMRobertaConfig) -> None:
         super().__init__(config)
@@ -65,12 +67,17 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
         return_dict: bool | None = None,
         *,
         packed: PackedBatch | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Classifies a padded batch, or a packed one.
 
         Args:
             labels: [B] class indices, [B, num_labels] of 0 and 1 (multi-label), or [B] numbers
-                (regression). The others: see :meth:`XLMRobertaModel.forward`.
+                (regression).
+            num_items_in_batch: the loss is the sum over the batch, divided by this, instead of the
+                mean: for gradients accumulated over several batches, the number of all their
+                labels. The others: see :meth:`XLMRobertaModel.forward`.
 
         Returns:
             :class:`SequenceClassifierOutput`.
@@ -79,24 +86,37 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
             TypeError, ValueError: as :meth:`XLMRobertaModel.forward`, or labels of another type,
                 shape or range than the loss takes.
         """
-        roberta = self.roberta
-        outputs = roberta(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            return_dict=True,
-            packed=packed,
-        )
-        first = _first_tokens(outputs.last_hidden_state, attention_mask, packed)
+        hidden_states = attentions = None
+        if self.roberta.computes_first_alone(output_attentions, output_hidden_states):
+            no_effect(kwargs)
+            first = self.roberta.first_states(
+                packed,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+            )
+        else:
+            outputs = self.roberta(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+                output_attentions,
+                output_hidden_states,
+                return_dict=True,
+                packed=packed,
+                **kwargs,
+            )
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
+            first = _first_tokens(outputs.last_hidden_state, attention_mask, packed)
         logits = self.classifier(first)
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, self.config.problem_type)
-        output = SequenceClassifierOutput(loss, logits, outputs.hidden_states)
+            loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+        output = SequenceClassifierOutput(loss, logits, hidden_states, attentions)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -105,6 +125,7 @@ class XLMRobertaForTokenClassification(PreTrainedModel):
     """XLM-R with a classifier on every token."""
 
     base_model_prefix = "roberta"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: XLMRobertaConfig) -> None:
         super().__init__(config)
@@ -127,12 +148,15 @@ class XLMRobertaForTokenClassification(PreTrainedModel):
         return_dict: bool | None = None,
         *,
         packed: PackedBatch | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Classifies the tokens of a padded batch, or of a packed one.
 
         Args:
             labels: [B, S] class indices, [N] for packed input; -100 does not count (the places of
-                padding, as a rule). The others: see :meth:`XLMRobertaModel.forward`.
+                padding, as a rule). The others: see :meth:`XLMRobertaModel.forward` and
+                :meth:`XLMRobertaForSequenceClassification.forward`.
 
         Returns:
             :class:`TokenClassifierOutput`.
@@ -151,10 +175,11 @@ class XLMRobertaForTokenClassification(PreTrainedModel):
             output_hidden_states,
             return_dict=True,
             packed=packed,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else cross_entropy(logits, labels)
-        output = TokenClassifierOutput(loss, logits, outputs.hidden_states)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -192,6 +217,7 @@ class XLMRobertaForQuestionAnswering(PreTrainedModel):
         return_dict: bool | None = None,
         *,
         packed: PackedBatch | None = None,
+        **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Scores the tokens of a padded batch, or of a packed one.
 
@@ -216,6 +242,7 @@ class XLMRobertaForQuestionAnswering(PreTrainedModel):
             output_hidden_states,
             return_dict=True,
             packed=packed,
+            **kwargs,
         )
         logits = self.qa_outputs(outputs.last_hidden_state)
         if attention_mask is not None:
@@ -226,7 +253,9 @@ class XLMRobertaForQuestionAnswering(PreTrainedModel):
         if start_positions is not None and end_positions is not None:
             rows = logits if packed is None else _padded(logits, packed)
             loss = span_loss(rows[..., 0], rows[..., 1], start_positions, end_positions)
-        output = QuestionAnsweringModelOutput(loss, start, end, outputs.hidden_states)
+        output = QuestionAnsweringModelOutput(
+            loss, start, end, outputs.hidden_states, outputs.attentions
+        )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -235,6 +264,7 @@ class XLMRobertaForMultipleChoice(PreTrainedModel):
     """XLM-R that scores each of K continuations of a text; the softmax runs over the K."""
 
     base_model_prefix = "roberta"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: XLMRobertaConfig) -> None:
         super().__init__(config)
@@ -257,6 +287,8 @@ class XLMRobertaForMultipleChoice(PreTrainedModel):
         *,
         packed: PackedBatch | None = None,
         num_choices: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
         """Scores the choices of a padded batch, or of a packed one.
 
@@ -266,6 +298,7 @@ class XLMRobertaForMultipleChoice(PreTrainedModel):
             labels: [B] the right choice, 0 to K - 1.
             packed: B * K sequences, the K of a text one behind the other.
             num_choices: K, for packed input only.
+            num_items_in_batch: see :meth:`XLMRobertaForSequenceClassification.forward`.
 
         Returns:
             :class:`MultipleChoiceModelOutput`.
@@ -294,10 +327,11 @@ class XLMRobertaForMultipleChoice(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             packed=packed,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output)).reshape(-1, choices)
-        loss = None if labels is None else cross_entropy(logits, labels)
-        output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 

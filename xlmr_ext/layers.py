@@ -7,9 +7,12 @@ does), the block calls the modules themselves, so that nothing is silently ignor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from xlmr_ext import autograd
 from xlmr_ext.configuration import XLMRobertaConfig
@@ -54,7 +57,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in _HOOKS)
 
 
-def _is_bare(*containers: nn.Module) -> bool:
+def is_bare(*containers: nn.Module) -> bool:
     """Whether a fused function may run past these containers of ours without calling them."""
     return all(not _has_hooks(m) and "forward" not in m.__dict__ for m in containers)
 
@@ -74,26 +77,60 @@ def is_plain(*modules: nn.Module) -> bool:
         _computes_alone(m)
         # A parametrization changes the type; an older weight_norm takes the parameter away; some
         # libraries put a forward of their own on the instance.
-        and _is_bare(m)
+        and is_bare(m)
         and "weight" in m._parameters
         for m in modules
     )
 
 
+def is_fused(module: XLMRobertaEmbeddings | XLMRobertaLayer) -> bool:
+    """Whether a layer, or the embeddings, may be computed from their parameters alone."""
+    if type(module) is XLMRobertaEmbeddings:
+        return is_bare(module) and module.is_table()
+    if type(module) is not XLMRobertaLayer or type(module.attention) is not XLMRobertaAttention:
+        return False
+    attention, ends = module.attention.self, (module.attention.output, module.output)
+    return (
+        type(attention) is XLMRobertaSelfAttention
+        and type(module.intermediate) is XLMRobertaIntermediate
+        and all(type(end) is ResidualOutput for end in ends)
+        and is_bare(module, module.attention, attention, module.intermediate, *ends)
+        and is_plain(attention.query, attention.key, attention.value, module.intermediate.dense)
+        and is_plain(*(end.dense for end in ends), *(end.LayerNorm for end in ends))
+    )
+
+
 class Dropout:
-    """The seed of one forward pass, and the probabilities while the model trains; a block that is
-    in eval mode by itself drops nothing.
+    """Dropout of one forward pass: the configured probabilities, used by the blocks that are in
+    train mode, and one seed, drawn at the start of a model in train mode, or else when a block
+    asks for it.
 
     A site names a place in the model, so that no two places share a mask.
     """
 
     def __init__(self, config: XLMRobertaConfig, training: bool) -> None:
-        self.hidden = float(config.hidden_dropout_prob) if training else 0.0
-        self.attention = float(config.attention_probs_dropout_prob) if training else 0.0
-        # From torch's generator, so that manual_seed and activation checkpointing hold; on the CPU
-        # by construction, wherever the model is.
-        needed = self.hidden > 0.0 or self.attention > 0.0
-        self.seed = torch.randint(2**63 - 1, (1,), device="cpu") if needed else None
+        self.hidden = float(config.hidden_dropout_prob)
+        self.attention = float(config.attention_probs_dropout_prob)
+        self._seed: Tensor | None = None
+        if training:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draws the seed, where it is not drawn and something may be dropped.
+
+        From torch's generator, so that manual_seed holds; on the CPU by construction, wherever the
+        model is. Not inside a block whose activations are checkpointed: that block runs again, with
+        this seed, and its other random numbers must be the same.
+        """
+        if self._seed is None and (self.hidden > 0.0 or self.attention > 0.0):
+            self._seed = torch.randint(2**63 - 1, (1,), device="cpu")
+
+    def at(self, site: int, p: float, training: bool) -> dict[str, Any]:
+        """The arguments of a fused function; nothing is drawn where nothing is dropped."""
+        if not training or p == 0.0:
+            return {"dropout_p": 0.0, "site": site, "seed": None}
+        self.draw()
+        return {"dropout_p": p, "site": site, "seed": self._seed}
 
 
 SITE_EMBEDDINGS = 0
@@ -142,6 +179,18 @@ class XLMRobertaEmbeddings(nn.Module):
         """[max_position_embeddings, hidden]: learned or sinusoidal."""
         return self.position_table if self.sinusoidal else self.position_embeddings.weight
 
+    def is_table(self) -> bool:
+        """Whether the fused function does all that this module does, past the word rows."""
+        return (
+            is_plain(self.LayerNorm)
+            and self._is_table(self.token_type_embeddings, None)
+            and (self.sinusoidal or self._is_table(self.position_embeddings, self.padding_idx))
+        )
+
+    def has_word_table(self) -> bool:
+        """Whether the word embeddings are a plain table."""
+        return self._is_table(self.word_embeddings, self.padding_idx)
+
     @staticmethod
     def _is_table(embedding: nn.Module, padding_idx: int | None) -> bool:
         """Whether the fused function does what this embedding does, gradients included."""
@@ -156,14 +205,9 @@ class XLMRobertaEmbeddings(nn.Module):
         dropout: Dropout,
     ) -> Tensor:
         """Ids [N] (or inputs_embeds [N, hidden]) to [N, hidden]."""
-        p = dropout.hidden if self.training else 0.0
-        if inputs_embeds is None and not self._is_table(self.word_embeddings, self.padding_idx):
+        if inputs_embeds is None and not self.has_word_table():
             inputs_embeds, input_ids = self.word_embeddings(input_ids), None
-        if (
-            is_plain(self.LayerNorm)
-            and self._is_table(self.token_type_embeddings, None)
-            and (self.sinusoidal or self._is_table(self.position_embeddings, self.padding_idx))
-        ):
+        if self.is_table():
             return autograd.embedding(
                 input_ids,
                 position_ids,
@@ -175,10 +219,8 @@ class XLMRobertaEmbeddings(nn.Module):
                 self.LayerNorm.bias,
                 eps=self.LayerNorm.eps,
                 padding_idx=self.padding_idx,
-                dropout_p=p,
-                site=SITE_EMBEDDINGS,
-                seed=dropout.seed,
                 inputs_embeds=inputs_embeds,
+                **dropout.at(SITE_EMBEDDINGS, dropout.hidden, self.training),
             )
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         types = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
@@ -187,7 +229,7 @@ class XLMRobertaEmbeddings(nn.Module):
         else:
             positions = self.position_embeddings(position_ids)
         summed = words + self.token_type_embeddings(types) + positions
-        return F.dropout(self.LayerNorm(summed), p, p > 0.0)
+        return F.dropout(self.LayerNorm(summed), dropout.hidden, self.training)
 
 
 class XLMRobertaSelfAttention(nn.Module):
@@ -202,25 +244,51 @@ class XLMRobertaSelfAttention(nn.Module):
         self.value = Linear(hidden, hidden)
 
     def forward(
-        self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: Dropout, site: int
-    ) -> Tensor:
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dropout: Dropout,
+        site: int,
+        attend: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> context [N, hidden] and, with ``attend``, probabilities [N, heads, max_seqlen]."""
         maps = (self.query, self.key, self.value)
         biases = [m.bias for m in maps if m.bias is not None]
         if is_plain(*maps) and len(biases) in (0, 3):
             query, key, value = autograd.qkv_linear(hidden, [m.weight for m in maps], biases)
         else:
             query, key, value = (m(hidden) for m in maps)
-        return autograd.attention(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            max_seqlen,
-            self.num_attention_heads,
-            dropout_p=dropout.attention if self.training else 0.0,
-            site=site,
-            seed=dropout.seed,
+        heads = self.num_attention_heads
+        settings = dropout.at(site, dropout.attention, self.training)
+        context = autograd.attention(query, key, value, cu_seqlens, max_seqlen, heads, **settings)
+        if not attend:
+            return context, None
+        return context, attention_probabilities(
+            query, key, cu_seqlens, max_seqlen, heads, **settings
         )
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int, **dropout: Any
+) -> Tensor:
+    """dropout(softmax(scale Q K^T)), [N, heads, max_seqlen]: each row over its text's keys.
+
+    The kernel never forms it, so it is asked for the context of unit vectors: with row j of the
+    values e_j the context is the row of probabilities, ``head_size`` columns a call. So these are
+    the kernel's own, the mask of dropout included, and they are differentiable.
+    """
+    rows, hidden = query.shape
+    size = hidden // num_heads
+    row = torch.arange(rows, device=query.device)
+    start = cu_seqlens[torch.searchsorted(cu_seqlens[1:], row, right=True)]
+    unit = torch.arange(size, device=query.device)
+    columns = [query.new_empty((rows, num_heads, 0))]
+    for first in range(0, max_seqlen, size):
+        value = ((row - start - first)[:, None] == unit).to(query.dtype).repeat(1, num_heads)
+        part = autograd.attention(query, key, value, cu_seqlens, max_seqlen, num_heads, **dropout)
+        columns.append(part.reshape(rows, num_heads, size))
+    return torch.cat(columns, 2)[:, :, :max_seqlen]
 
 
 class ResidualOutput(nn.Module):
@@ -236,9 +304,8 @@ class ResidualOutput(nn.Module):
 
     def add_and_norm(self, x: Tensor, residual: Tensor, dropout: Dropout, site: int) -> Tensor:
         norm = self.LayerNorm
-        p = dropout.hidden if self.training else 0.0
         if not is_plain(norm):
-            normed: Tensor = norm(F.dropout(x, p, p > 0.0) + residual)
+            normed: Tensor = norm(F.dropout(x, dropout.hidden, self.training) + residual)
             return normed
         return autograd.residual_layer_norm(
             x,
@@ -246,9 +313,7 @@ class ResidualOutput(nn.Module):
             norm.weight,
             norm.bias,
             eps=norm.eps,
-            dropout_p=p,
-            site=site,
-            seed=dropout.seed,
+            **dropout.at(site, dropout.hidden, self.training),
         )
 
 
@@ -265,10 +330,12 @@ class XLMRobertaAttention(nn.Module):
         max_seqlen: int,
         dropout: Dropout,
         sites: tuple[int, int],
-    ) -> Tensor:
-        context = self.self(hidden, cu_seqlens, max_seqlen, dropout, sites[0])
-        out: Tensor = self.output(context, hidden, dropout, sites[1])
-        return out
+        attend: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        context, probabilities = self.self(
+            hidden, cu_seqlens, max_seqlen, dropout, sites[0], attend
+        )
+        return self.output(context, hidden, dropout, sites[1]), probabilities
 
 
 class XLMRobertaIntermediate(nn.Module):
@@ -302,12 +369,20 @@ class XLMRobertaLayer(nn.Module):
         max_seqlen: int,
         dropout: Dropout,
         sites: tuple[int, int, int],
-    ) -> Tensor:
-        hidden = self.attention(hidden, cu_seqlens, max_seqlen, dropout, sites[:2])
+        attend: bool = False,
+    ) -> Any:
+        """[N, hidden] to [N, hidden]; with ``attend`` to that and [N, heads, max_seqlen]."""
+        hidden, probabilities = self.attention(
+            hidden, cu_seqlens, max_seqlen, dropout, sites[:2], attend
+        )
+        hidden = self._feed_forward(hidden, dropout, sites[2])
+        return (hidden, probabilities) if attend else hidden
+
+    def _feed_forward(self, hidden: Tensor, dropout: Dropout, site: int) -> Tensor:
         if (
             type(self.intermediate) is XLMRobertaIntermediate
             and type(self.output) is ResidualOutput
-            and _is_bare(self.intermediate, self.output)
+            and is_bare(self.intermediate, self.output)
             and is_plain(self.intermediate.dense, self.output.dense)
         ):
             up, down = self.intermediate.dense, self.output.dense
@@ -319,15 +394,24 @@ class XLMRobertaLayer(nn.Module):
                 down.bias,
                 activation=self.intermediate.activation,
             )
-            return self.output.add_and_norm(inner, hidden, dropout, sites[2])
-        out: Tensor = self.output(self.intermediate(hidden), hidden, dropout, sites[2])
+            return self.output.add_and_norm(inner, hidden, dropout, site)
+        out: Tensor = self.output(self.intermediate(hidden), hidden, dropout, site)
         return out
 
 
 class XLMRobertaEncoder(nn.Module):
+    """The layers, one after the other.
+
+    ``checkpointing`` holds the settings of torch.utils.checkpoint where activations are
+    checkpointed: in train mode, every ``checkpoint_every``-th layer keeps its input alone, and
+    runs again in the backward pass.
+    """
+
     def __init__(self, config: XLMRobertaConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(XLMRobertaLayer(config) for _ in range(config.num_hidden_layers))
+        self.checkpointing: dict[str, Any] | None = None
+        self.checkpoint_every = 1
 
     def forward(
         self,
@@ -336,14 +420,29 @@ class XLMRobertaEncoder(nn.Module):
         max_seqlen: int,
         dropout: Dropout,
         keep: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """-> the last hidden states [N, hidden], and, with ``keep``, those before each layer."""
-        kept: list[Tensor] = []
+        attend: bool,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """-> the last hidden states [N, hidden]; with ``keep``, those before each layer; with
+        ``attend``, the probabilities of each layer, [N, heads, max_seqlen]."""
+        inputs: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        settings = self.checkpointing if self.training and torch.is_grad_enabled() else None
+        if settings is not None:
+            dropout.draw()
         for index, layer in enumerate(self.layer):
             if keep:
-                kept.append(hidden)
-            hidden = layer(hidden, cu_seqlens, max_seqlen, dropout, layer_sites(index))
-        return hidden, kept
+                inputs.append(hidden)
+            arguments = (hidden, cu_seqlens, max_seqlen, dropout, layer_sites(index), attend)
+            if settings is not None and index % self.checkpoint_every == 0:
+                out = checkpoint(layer, *arguments, **settings)
+            else:
+                out = layer(*arguments)
+            if attend:
+                hidden, attention = out
+                probabilities.append(attention)
+            else:
+                hidden = out
+        return hidden, inputs, probabilities
 
 
 class XLMRobertaPooler(nn.Module):

@@ -9,8 +9,13 @@ from torch.nn import functional as F
 IGNORED = -100  # torch's mark for a label that does not count
 
 
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """Mean loss of logits [B, L].
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    problem_type: str | None,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Mean loss of logits [B, L], or their sum divided by ``num_items``.
 
     Args:
         labels: [B] class indices (or :data:`IGNORED`) for ``single_label_classification``; [B, L]
@@ -24,7 +29,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     _on_device_of(logits, "labels", labels)
     problem = problem_type or _problem_type(logits.shape[1], labels)
     if problem == "single_label_classification":
-        return cross_entropy(logits, labels)
+        return cross_entropy(logits, labels, num_items)
     # With one output, [B] and [B, 1] are the same.
     if labels.shape != logits.shape and not (
         logits.shape[1] == 1 and labels.numel() == logits.numel()
@@ -34,12 +39,14 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
         )
     targets = labels.reshape(logits.shape).to(logits.dtype)
     if problem == "regression":
-        return F.mse_loss(logits, targets)
-    return F.binary_cross_entropy_with_logits(logits, targets)
+        return _reduced(F.mse_loss(logits, targets, reduction=_reduction(num_items)), num_items)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction=_reduction(num_items))
+    return _reduced(loss, num_items)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that count of -log softmax(logits)[label].
+def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Mean over the labels that count of -log softmax(logits)[label], or the sum divided by
+    ``num_items``.
 
     Args:
         logits: [..., L].
@@ -62,7 +69,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
                     f"labels hold {low if low < 0 else high}; expected 0 to {rows.shape[1] - 1}, "
                     f"or {IGNORED}"
                 )
-    return F.cross_entropy(rows, targets.long())
+    loss = F.cross_entropy(rows, targets.long(), reduction=_reduction(num_items))
+    return _reduced(loss, num_items)
 
 
 def span_loss(
@@ -101,6 +109,14 @@ def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
             row = int(lost.nonzero()[0])
             raise ValueError(f"{name}[{row}] is {int(targets[row])}, where the text is masked")
     return F.cross_entropy(logits, targets, ignore_index=length)
+
+
+def _reduction(num_items: Tensor | int | None) -> str:
+    return "mean" if num_items is None else "sum"
+
+
+def _reduced(loss: Tensor, num_items: Tensor | int | None) -> Tensor:
+    return loss if num_items is None else loss / num_items
 
 
 def _on_device_of(logits: Tensor, name: str, labels: Tensor) -> None:

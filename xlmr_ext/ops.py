@@ -149,16 +149,19 @@ def _attention_forward_fake(
     dropout_p: float,
     site: int,
     seed: Tensor | None,
+    first_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((num_heads, query.shape[0]))
 
 
 # query, key, value [N, heads * head_size], cu_seqlens int32 [B + 1], max_seqlen at least the
-# longest sequence -> out [N, heads * head_size], lse [heads, N].
+# longest sequence -> out [N, heads * head_size], lse [heads, N]. With first_only the first token of
+# each sequence asks alone: query and out [B, heads * head_size], lse [heads, B]; 0 where it is
+# empty.
 attention_forward = _define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens,"
-    " SymInt max_seqlen, int num_heads, float scale, float dropout_p, int site, Tensor? seed)"
-    " -> (Tensor, Tensor)",
+    " SymInt max_seqlen, int num_heads, float scale, float dropout_p, int site, Tensor? seed,"
+    " bool first_only=False) -> (Tensor, Tensor)",
     _launch.attention_forward,
     _attention_forward_fake,
 )
@@ -178,15 +181,17 @@ def _attention_backward_fake(
     dropout_p: float,
     site: int,
     seed: Tensor | None,
-) -> Tensor:
-    return query.new_empty((query.shape[0], 3, query.shape[1]))
+    first_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(key.shape), query.new_empty(key.shape)
 
 
-# -> dqkv [N, 3, heads * head_size]: the gradients of query, key and value side by side.
+# -> dquery, dkey, dvalue, of the shapes of query, key and value.
 attention_backward = _define(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,"
     " Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, int num_heads, float scale,"
-    " float dropout_p, int site, Tensor? seed) -> Tensor",
+    " float dropout_p, int site, Tensor? seed, bool first_only=False)"
+    " -> (Tensor, Tensor, Tensor)",
     _launch.attention_backward,
     _attention_backward_fake,
 )

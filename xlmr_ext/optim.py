@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from xlmr_ext.layers import is_plain
 
 if TYPE_CHECKING:
-    from xlmr_ext.heads import XLMRobertaForSequenceClassification
+    from xlmr_ext.pretrained import PreTrainedModel
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -57,8 +57,8 @@ class NarrowVocabulary:
 
     def __init__(
         self,
-        model: XLMRobertaForSequenceClassification,
-        sequences: Sequence[Sequence[int]],
+        model: PreTrainedModel,
+        sequences: Iterable[Sequence[int]],
     ) -> None:
         self._embedding = _word_embeddings(model)
         self._whole = _parameter(self._embedding)
@@ -72,11 +72,11 @@ class NarrowVocabulary:
         self.weight = torch.nn.Parameter(self._whole.detach()[self._rows])
 
     @staticmethod
-    def applies(model: XLMRobertaForSequenceClassification) -> bool:
+    def applies(model: PreTrainedModel) -> bool:
         """Whether the word embeddings can be swapped without anybody noticing."""
         try:
             embedding = _word_embeddings(model)
-        except AttributeError:
+        except (AttributeError, TypeError):
             return False
         # A tied weight, a hook or a parametrization would see another tensor than it expects.
         uses = sum(
@@ -159,8 +159,10 @@ class NarrowVocabulary:
         self._embedding.num_embeddings = weight.shape[0]
 
 
-def _word_embeddings(model: XLMRobertaForSequenceClassification) -> torch.nn.Embedding:
-    embedding: torch.nn.Embedding = model.roberta.embeddings.word_embeddings
+def _word_embeddings(model: PreTrainedModel) -> torch.nn.Embedding:
+    embedding = model.get_submodule("roberta.embeddings.word_embeddings")
+    if not isinstance(embedding, torch.nn.Embedding):
+        raise TypeError(f"the word embeddings are no Embedding but {type(embedding).__name__}")
     return embedding
 
 

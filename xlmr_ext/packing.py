@@ -125,6 +125,14 @@ class Kept:
         longest = int(lengths.max()) if batch else 0
         return cls(indices, cumulative(lengths), longest, batch, length)
 
+    @classmethod
+    def of_packed(cls, cu_seqlens: Tensor, max_seqlen: int, count: int) -> Kept:
+        """Of ``count`` packed rows: each text from place 0 on, in a batch ``max_seqlen`` long."""
+        row = torch.arange(count, device=cu_seqlens.device)
+        text = torch.searchsorted(cu_seqlens[1:], row, right=True)
+        indices = text * max_seqlen + row - cu_seqlens[text]
+        return cls(indices, cu_seqlens, max_seqlen, cu_seqlens.shape[0] - 1, max_seqlen)
+
     def rows(self, padded: Tensor) -> Tensor:
         """[B, S, ...] to [N, ...]."""
         return padded.flatten(0, 1).index_select(0, self.indices)
@@ -134,6 +142,19 @@ class Kept:
         flat = rows.new_zeros((self.batch * self.length, *rows.shape[1:]))
         flat = flat.index_copy(0, self.indices, rows)
         return flat.reshape(self.batch, self.length, *rows.shape[1:])
+
+    def square(self, rows: Tensor) -> Tensor:
+        """[N, heads, keys] to [B, heads, S, S]: from a text's own keys, in order, to their places;
+        zero where there is no query or no key."""
+        batch, length = self.batch, self.length
+        mask = torch.zeros(batch * length, dtype=torch.bool, device=rows.device)
+        mask = mask.index_fill(0, self.indices, True).reshape(batch, length)
+        if rows.shape[0] == 0:
+            return rows.new_zeros((batch, rows.shape[1], length, length))
+        key = (mask.cumsum(1) - 1).clamp(min=0)  # which of the text's keys lies at a place
+        shape = (batch, rows.shape[1], length, length)
+        spread = self.padded(rows).transpose(1, 2).gather(3, key[:, None, None, :].expand(shape))
+        return spread.masked_fill(~mask[:, None, None, :], 0.0)
 
 
 def cumulative(lengths: Tensor) -> Tensor:

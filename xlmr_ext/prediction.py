@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from xlmr_ext.data import LabelledTexts, check_vocabulary, encode, label_ids, pa
 
 if TYPE_CHECKING:
     from xlmr_ext.heads import XLMRobertaForSequenceClassification
+    from xlmr_ext.packing import PackedBatch
+    from xlmr_ext.pretrained import PreTrainedModel
     from xlmr_ext.tokenization import XLMRobertaTokenizer
 
 Text = str | tuple[str, str]
@@ -80,7 +83,7 @@ def agreement(confusion: Sequence[Sequence[int]]) -> tuple[float, float]:
     return correct / rows, sum(scores) / len(scores)
 
 
-def longest_input(model: XLMRobertaForSequenceClassification) -> int:
+def longest_input(model: PreTrainedModel) -> int:
     """Tokens that the model's position table holds, special tokens included."""
     config = model.config
     return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
@@ -95,13 +98,19 @@ def classifier_labels(model: XLMRobertaForSequenceClassification) -> list[str]:
             "the model must be a single-label classifier of at least 2 labels, got "
             f"problem_type {kind!r} with num_labels {config.num_labels}"
         )
+    return label_names(model)
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    """Label names by id; ValueError where two are the same."""
+    config = model.config
     labels = [str(config.id2label[index]) for index in range(config.num_labels)]
     if len(set(labels)) != len(labels):
         raise ValueError(f"the model's labels must differ from each other, got {labels}")
     return labels
 
 
-def check_max_length(model: XLMRobertaForSequenceClassification, max_length: int | None) -> int:
+def check_max_length(model: PreTrainedModel, max_length: int | None) -> int:
     """``max_length`` in tokens, the model's own limit for None; ValueError beyond it."""
     limit = longest_input(model)
     if max_length is None:
@@ -192,28 +201,68 @@ def classify(
     Runs in eval mode without autograd and leaves the model in the mode it was in.
     ArithmeticError where a logit is not finite.
     """
-    config = model.config
-    logits = torch.empty(len(sequences), config.num_labels)
+    logits = torch.empty(len(sequences), model.config.num_labels)
+    with in_eval_mode(model):
+        for rows, batch in packed_batches(model, sequences, batch_size=batch_size):
+            logits[rows] = model(packed=batch).logits.to("cpu", torch.float32)
+    check_finite(logits)
+    return logits
+
+
+def check_finite(answers: torch.Tensor) -> None:
+    """ArithmeticError that names the first of n answers ``[n, k, ...]`` that is not finite."""
+    finite = torch.isfinite(answers).flatten(1).all(dim=-1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        values = answers[row].flatten().tolist()
+        shown = str(values[:8]) if len(values) <= 8 else f"{str(values[:8])[:-1]}, ...]"
+        raise ArithmeticError(
+            f"the model's answer for row {row + 1} of {len(answers)} is not finite "
+            f"({shown}): its weights are damaged, or training diverged"
+        )
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without autograd; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
-            for rows in _batches([len(ids) for ids in sequences], batch_size):
-                batch = packed(
-                    sequences, rows, pad_token_id=config.pad_token_id, device=model.device
-                )
-                logits[rows] = model(packed=batch).logits.to("cpu", torch.float32)
+            yield
     finally:
         for module, training in modes:
             module.training = training
-    finite = torch.isfinite(logits).all(dim=-1)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        raise ArithmeticError(
-            f"the model's answer for row {row + 1} of {len(sequences)} is not finite "
-            f"({logits[row].tolist()}): its weights are damaged, or training diverged"
+
+
+def packed_batches(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    rows_per_example: int = 1,
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """All examples in batches of similar length, on the model's device, with their numbers.
+
+    Args:
+        batch_size: most examples a batch; a batch of long ones holds fewer.
+        rows_per_example: example e is the sequences from ``e * rows_per_example`` on, and a batch
+            has them all.
+    """
+    each = rows_per_example
+    # As long as its longest row, for each of its rows.
+    lengths = [
+        each * max(map(len, sequences[first : first + each]))
+        for first in range(0, len(sequences), each)
+    ]
+    for examples in batches_by_length(lengths, batch_size):
+        rows = [example * each + row for example in examples for row in range(each)]
+        yield (
+            examples,
+            packed(
+                sequences, rows, pad_token_id=int(model.config.pad_token_id), device=model.device
+            ),
         )
-    return logits
 
 
 def _predict(
@@ -225,7 +274,7 @@ def _predict(
     max_length: int,
     window: int,
 ) -> Iterator[Prediction]:
-    for rows in _windows(texts, window):
+    for rows in windows(texts, window):
         first = [row[0] for row in rows]
         second = None if rows[0][1] is None else [row[1] or "" for row in rows]
         sequences = encode(tokenizer, first, second, max_length=max_length)
@@ -235,7 +284,7 @@ def _predict(
             yield _prediction(labels, row, text, pair)
 
 
-def _windows(texts: Iterable[Text], window: int) -> Iterator[list[tuple[str, str | None]]]:
+def windows(texts: Iterable[Text], window: int) -> Iterator[list[tuple[str, str | None]]]:
     """Groups of texts of bounded number and bounded size; all with a pair, or all without."""
     rows: list[tuple[str, str | None]] = []
     characters = 0
@@ -257,6 +306,14 @@ def _windows(texts: Iterable[Text], window: int) -> Iterator[list[tuple[str, str
         yield rows
 
 
+def single_texts(texts: Iterable[Any], prefix: str = "") -> Iterator[str]:
+    """Each text with ``prefix`` before it; TypeError for what is not a str."""
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise TypeError(f"text {number} must be a str, got {type(text).__name__}")
+        yield prefix + text
+
+
 def _row(text: Any, number: int) -> tuple[str, str | None]:
     if isinstance(text, str):
         return text, None
@@ -267,7 +324,7 @@ def _row(text: Any, number: int) -> tuple[str, str | None]:
     )
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Rows by length, at most ``batch_size`` rows and a bounded number of tokens together."""
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     start = 0

@@ -183,27 +183,33 @@ def attention(
     dropout_p: float = 0.0,
     site: int = 0,
     seed: Tensor | int | None = None,
+    first_only: bool = False,
 ) -> Tensor:
     """``softmax(scale Q K^T) V`` within every sequence and head (Vaswani et al. 2017, eq. 1).
 
     query, key, value and the result are [N, H * D]; cu_seqlens [B + 1]; max_seqlen is at least
     the longest sequence; scale is 1 / sqrt(D) where it is None. Dropout acts on the
-    probabilities, at (head, packed query row, key within its sequence).
+    probabilities, at (head, packed query row, key within its sequence). With ``first_only`` the
+    first token of each sequence asks alone: query and result are [B, H * D], and the result is 0
+    where the sequence is empty.
     """
     ends = cu_seqlens.tolist()
     mask: Tensor | None = None
     if dropout_p != 0.0:
-        mask = dropout_mask(dropout_p, site, seed, num_heads, query.shape[0], max_seqlen)
+        mask = dropout_mask(dropout_p, site, seed, num_heads, key.shape[0], max_seqlen)
         mask = mask.to(query)
     outputs = [query[:0]]
-    for begin, end in pairwise(ends):
-        length = end - begin
-        logits = _scores(query[begin:end], key[begin:end], num_heads, scale)
+    for index, (begin, end) in enumerate(pairwise(ends)):
+        asking = query[index : index + 1] if first_only else query[begin:end]
+        if first_only and begin == end:
+            outputs.append(torch.zeros_like(asking))
+            continue
+        logits = _scores(asking, key[begin:end], num_heads, scale)
         probabilities = torch.softmax(logits, dim=-1)
         if mask is not None:
-            probabilities = probabilities * mask[:, begin:end, :length]
+            probabilities = probabilities * mask[:, begin : begin + len(asking), : end - begin]
         mixed = probabilities @ _split_heads(value[begin:end], num_heads)
-        outputs.append(mixed.transpose(0, 1).reshape(length, query.shape[1]))
+        outputs.append(mixed.transpose(0, 1).reshape(asking.shape))
     return torch.cat(outputs)
 
 

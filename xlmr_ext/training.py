@@ -1,17 +1,16 @@
-"""Fine-tuning a classifier: AdamW, linear warm-up and decay, clipping, the best epoch kept."""
+"""Fine-tuning on any task: AdamW, linear warm-up and decay, clipping, the best epoch kept."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import shutil
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +18,34 @@ import numpy as np
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from xlmr_ext.chance import ChanceWarning, guessing_loss, signs_of_chance
-from xlmr_ext.data import (
-    LabelledTexts,
-    LengthBatches,
-    check_vocabulary,
-    encode,
-    label_ids,
-    label_list,
-    packed,
-    read_labelled,
-)
+from xlmr_ext.chance import ChanceWarning, signs_of_chance
+from xlmr_ext.data import LengthBatches, check_vocabulary, packed
+from xlmr_ext.files import replace_files
 from xlmr_ext.optim import NarrowVocabulary, linear_schedule, parameter_groups, warmup_steps
-from xlmr_ext.prediction import Evaluation, check_max_length, classifier_labels, evaluate_ids
+from xlmr_ext.prediction import Evaluation
+from xlmr_ext.saving import (
+    LOG_NAME,
+    SaveError,
+    interrupts_wait,
+    prepare_folder,
+    replace_checkpoint,
+)
+from xlmr_ext.tasks.registry import make_task, task_of_model
 
 if TYPE_CHECKING:
-    from xlmr_ext.heads import XLMRobertaForSequenceClassification
+    from xlmr_ext.pretrained import PreTrainedModel
+    from xlmr_ext.tasks.base import Features, Scores, Task
     from xlmr_ext.tokenization import XLMRobertaTokenizer
 
-Labelled = LabelledTexts | str | Path | Iterable[tuple[str, str | int]]
-
-LOG_NAME = "xlmr_ext_training.json"
+__all__ = [
+    "LOG_NAME",
+    "EpochRecord",
+    "FinetuneResult",
+    "SaveError",
+    "TrainingInterrupted",
+    "finetune",
+    "seed_everything",
+]
 
 # From here on a rate can be too high; below it, a run that does not learn wants a higher one.
 _LOW_RATE = 1e-5
@@ -49,20 +55,18 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C while training; the message says where training stopped and what was saved."""
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the one that was there before is untouched."""
-
-
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch of training; the dev fields are None without dev data.
+    """One epoch of training.
 
     Args:
         epoch: counted from 1.
         step: optimiser steps done at its end.
-        train_loss: mean cross entropy over the epoch's rows, in nats, dropout on.
+        train_loss: mean loss in nats over the epoch's examples, dropout on.
         learning_rate: of the epoch's last step.
         seconds: duration, evaluation included.
+        dev: the task's metrics on dev data, or None without any; see
+            :class:`xlmr_ext.tasks.base.Scores`.
     """
 
     epoch: int
@@ -70,9 +74,28 @@ class EpochRecord:
     train_loss: float
     learning_rate: float
     seconds: float
-    dev_loss: float | None = None
-    dev_accuracy: float | None = None
-    dev_macro_f1: float | None = None
+    dev: dict[str, float] | None = None
+
+    @property
+    def dev_loss(self) -> float | None:
+        """Mean loss on dev data in nats."""
+        return None if self.dev is None else self.dev.get("loss")
+
+    @property
+    def dev_accuracy(self) -> float | None:
+        """Share of dev examples answered right, where the task counts that."""
+        return None if self.dev is None else self.dev.get("accuracy")
+
+    @property
+    def dev_macro_f1(self) -> float | None:
+        """Macro F1 on dev data, of a classifier."""
+        return None if self.dev is None else self.dev.get("macro_f1")
+
+    def as_row(self) -> dict[str, Any]:
+        """The fields as a flat dict; a dev metric ``f1`` is ``dev_f1``."""
+        row = asdict(self)
+        row.update((f"dev_{name}", value) for name, value in (row.pop("dev") or {}).items())
+        return row
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,9 @@ class FinetuneResult:
         losses: loss of every step.
         best_epoch: the epoch whose weights the model now has, and that was saved.
         at_chance: whether the run ended as good as guessing.
+        labels: the model's labels by id; empty for a task without labels.
+        task: the task's name.
+        scores: of the best epoch on dev data, with details; None without dev data.
     """
 
     history: list[EpochRecord]
@@ -93,6 +119,8 @@ class FinetuneResult:
     at_chance: bool
     labels: list[str]
     output_dir: Path | None
+    task: str
+    scores: Scores | None
 
     @property
     def best(self) -> EpochRecord:
@@ -139,11 +167,12 @@ def seed_everything(seed: int) -> None:
 
 
 def finetune(
-    model: XLMRobertaForSequenceClassification,
+    model: PreTrainedModel,
     tokenizer: XLMRobertaTokenizer,
-    train: Labelled,
+    train: Any,
     *,
-    dev: Labelled | None = None,
+    dev: Any = None,
+    task: Task | None = None,
     output_dir: str | Path | None,
     epochs: int = 5,
     batch_size: int = 16,
@@ -151,33 +180,38 @@ def finetune(
     warmup_ratio: float = 0.1,
     weight_decay: float = 0.01,
     max_grad_norm: float | None = 1.0,
-    max_length: int = 128,
+    max_length: int | None = None,
     seed: int = 42,
     bucket_batches: int = 1,
     narrow_vocabulary: bool = True,
     progress: bool | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> FinetuneResult:
-    """Fine-tunes a single-label classifier and keeps the best epoch.
+    """Fine-tunes a model on a task and keeps the best epoch.
 
-    The best epoch is the one with the highest dev macro F1, then accuracy; without dev data it
-    is the last. The model is left in eval mode with the best epoch's weights, which are also in
-    ``output_dir`` with the tokenizer and a log. Sets the global seeds of Python, numpy and
-    torch; the same seed, data and thread count give the same weights.
+    Which epoch is best is the task's to say, by its dev metrics (a classifier: highest macro F1,
+    then accuracy); without dev data it is the last. The model is left in eval mode with the best
+    epoch's weights, which are also in ``output_dir`` with the tokenizer and a log. Sets the global
+    seeds of Python, numpy and torch; the same seed, data and thread count give the same weights.
 
     Args:
         model: its labels are used where they cover those of ``train``; a model with the
-            default names ``LABEL_0`` ... takes the sorted labels of ``train``.
-        train: :class:`LabelledTexts`, a file with columns ``text`` and ``label``, or
+            default names ``LABEL_0`` ... takes the labels of ``train``, sorted.
+        train: a file, or what the task takes: for a classifier
+            :class:`xlmr_ext.data.LabelledTexts`, a file with columns ``text`` and ``label``, or
             (text, label) tuples.
         dev: the same, evaluated after every epoch.
+        task: a task made on this model, where its options matter; None takes the one that the
+            model's head is for, with its defaults.
         output_dir: directory of the checkpoint, made where it is missing; None saves nothing.
         learning_rate: the peak, reached after ``warmup_ratio`` of all steps; falls linearly
             to 0 at the end.
         weight_decay: on matrices only, not on biases and LayerNorm.
         max_grad_norm: the gradient of all parameters together is scaled down to this 2-norm;
             None does not clip.
-        max_length: tokens a text is cut to.
+        max_length: tokens that a text is cut to, or a window has; None: as many as the task
+            usually has (128, question answering 384), where the model takes them. A given task
+            has its own.
         bucket_batches: see :class:`xlmr_ext.data.LengthBatches`.
         narrow_vocabulary: train only the word-embedding rows that the data uses: the same
             result in less memory and time, see :class:`xlmr_ext.optim.NarrowVocabulary`.
@@ -185,8 +219,9 @@ def finetune(
         on_epoch: called with each epoch's record.
 
     Raises:
-        ValueError: for arguments out of range, data with one class or none, labels that the
-            model does not have.
+        TypeError: for a model whose class tells no task, where none is given.
+        ValueError: for arguments out of range, data without rows or that the task cannot use,
+            labels that the model does not have.
         ArithmeticError: where the loss or the gradient is not finite.
         SaveError: where a checkpoint could not be written.
         TrainingInterrupted: on Ctrl-C.
@@ -194,6 +229,12 @@ def finetune(
     Warns:
         ChanceWarning: once, where the run sits at chance after warm-up and half of its steps.
     """
+    if task is None:
+        task = make_task(task_of_model(model), model, tokenizer, max_length=max_length)
+    elif max_length is not None:
+        raise ValueError(f"max_length came with a task, which has its own, {task.max_length}")
+    elif task.model is not model:
+        raise ValueError("task was made on another model than the one to train")
     settings = _Settings(
         epochs,
         batch_size,
@@ -201,46 +242,36 @@ def finetune(
         warmup_ratio,
         weight_decay,
         max_grad_norm,
-        check_max_length(model, max_length),
+        task.max_length,
         seed,
         bucket_batches,
     )
     settings.check()
-    train_data = _labelled(train, "train")
-    dev_data = None if dev is None else _labelled(dev, "dev")
-    distinct = label_list(train_data.labels)
-    if len(distinct) < 2:
-        raise ValueError(
-            f"{train_data.source} has one class only, {distinct[0]!r}: "
-            "a classifier needs rows of at least 2"
-        )
-    labels = _settle_labels(model, train_data, distinct)
-    train_ids = label_ids(train_data, labels)
-    dev_ids = [] if dev_data is None else label_ids(dev_data, labels)
-
-    directory = None if output_dir is None else _prepared(Path(output_dir))
+    train_data = task.load(train, "train")
+    dev_data = None if dev is None else task.load(dev, "dev")
+    task.settle(train_data)
+    data = task.features(train_data, training=True)
+    if not len(data):
+        raise ValueError("train has no examples left to learn from")
+    dev_features = None if dev_data is None else task.features(dev_data, training=False)
+    del train_data, dev_data
+    every = [data] if dev_features is None else [data, dev_features]
+    check_vocabulary(
+        chain.from_iterable(part.sequences for part in every), int(model.config.vocab_size)
+    )
+    directory = None if output_dir is None else prepare_folder(Path(output_dir))
     seed_everything(seed)
 
-    train_sequences = encode(
-        tokenizer, train_data.texts, train_data.pairs, max_length=settings.max_length
-    )
-    dev_sequences = (
-        None
-        if dev_data is None
-        else encode(tokenizer, dev_data.texts, dev_data.pairs, max_length=settings.max_length)
-    )
-    check_vocabulary(train_sequences + (dev_sequences or []), int(model.config.vocab_size))
     narrow = None
     if narrow_vocabulary and NarrowVocabulary.applies(model):
-        narrow = NarrowVocabulary(model, train_sequences + (dev_sequences or []))
-        train_sequences = [narrow.ids(sequence) for sequence in train_sequences]
-        if dev_sequences is not None:
-            dev_sequences = [narrow.ids(sequence) for sequence in dev_sequences]
+        narrow = NarrowVocabulary(model, chain.from_iterable(part.sequences for part in every))
+        for part in every:
+            part.sequences = [narrow.ids(sequence) for sequence in part.sequences]
 
     with nullcontext() if narrow is None else narrow.installed():
-        run = _Run(model, tokenizer, settings, labels, directory, narrow, progress, on_epoch)
+        run = _Run(model, tokenizer, task, settings, directory, narrow, progress, on_epoch)
         try:
-            return run.train(train_sequences, train_ids, dev_sequences, dev_ids)
+            return run.train(data, dev_features)
         except KeyboardInterrupt:
             raise TrainingInterrupted(f"stopped {run.where()}; {run.saved()}") from None
         finally:
@@ -252,10 +283,10 @@ def finetune(
 class _Run:
     """The state of one run: what `finetune` would otherwise keep in a dozen variables."""
 
-    model: XLMRobertaForSequenceClassification
+    model: PreTrainedModel
     tokenizer: XLMRobertaTokenizer
+    task: Task
     settings: _Settings
-    labels: list[str]
     directory: Path | None
     narrow: NarrowVocabulary | None
     progress: bool | None
@@ -265,31 +296,26 @@ class _Run:
     epoch: int = 1
     total: int = 0
     best_epoch: int = 0
-    saved_epoch: int = 0
+    best_scores: Scores | None = None
     best_weights: dict[str, torch.Tensor] | None = None
-    guessing_loss: float = math.nan
+    saved_epoch: int = 0
+    guessing_loss: float | None = None
     at_chance: bool = False
     warned: bool = False
     bar: tqdm[Any] | None = None
 
-    def train(
-        self,
-        sequences: list[list[int]],
-        gold: list[int],
-        dev_sequences: list[list[int]] | None,
-        dev_gold: list[int],
-    ) -> FinetuneResult:
+    def train(self, data: Features, dev: Features | None) -> FinetuneResult:
         settings = self.settings
         started = time.monotonic()
         batches = LengthBatches(
-            [len(ids) for ids in sequences],
+            data.lengths(),
             settings.batch_size,
             seed=settings.seed,
             bucket_batches=settings.bucket_batches,
         )
         self.total = settings.epochs * len(batches)
         warmup = warmup_steps(self.total, settings.warmup_ratio)
-        self.guessing_loss = guessing_loss(gold)
+        self.guessing_loss = self.task.guessing_loss(data)
         optimizer = _adamw(self.model, settings)
         self.bar = tqdm(
             total=self.total,
@@ -302,29 +328,30 @@ class _Run:
             self.model.train()
             weighted = 0.0
             rate = 0.0
-            for rows in batches.epoch(self.epoch):
+            for examples in batches.epoch(self.epoch):
                 rate = settings.learning_rate * linear_schedule(
                     len(self.losses) + 1, self.total, warmup
                 )
-                loss = self._step(optimizer, rate, sequences, gold, rows)
-                weighted += loss * len(rows)
-            evaluation = self._evaluate(dev_sequences, dev_gold)
+                weighted += self._step(optimizer, rate, data, examples) * len(examples)
+            scores = (
+                None
+                if dev is None
+                else self.task.evaluate(self.model, dev, batch_size=2 * settings.batch_size)
+            )
             record = EpochRecord(
                 epoch=self.epoch,
                 step=len(self.losses),
-                train_loss=weighted / len(sequences),
+                train_loss=weighted / len(data),
                 learning_rate=rate,
                 seconds=time.monotonic() - epoch_started,
-                dev_loss=None if evaluation is None else evaluation.loss,
-                dev_accuracy=None if evaluation is None else evaluation.accuracy,
-                dev_macro_f1=None if evaluation is None else evaluation.macro_f1,
+                dev=None if scores is None else dict(scores.metrics),
             )
             self.history.append(record)
-            self._keep_if_best(record)
+            self._keep_if_best(scores)
             if self.on_epoch is not None:
                 with nullcontext() if self.narrow is None else self.narrow.shown_whole():
                     self.on_epoch(record)
-            self._check_chance(self.losses[warmup:][-len(batches) :], evaluation)
+            self._check_chance(self.losses[warmup:][-len(batches) :], scores)
         self._restore_best()
         return FinetuneResult(
             history=self.history,
@@ -333,8 +360,10 @@ class _Run:
             steps=len(self.losses),
             seconds=time.monotonic() - started,
             at_chance=self.at_chance,
-            labels=self.labels,
+            labels=self.task.labels,
             output_dir=self.directory,
+            task=self.task.name,
+            scores=self.best_scores,
         )
 
     def close(self) -> None:
@@ -356,18 +385,18 @@ class _Run:
         self,
         optimizer: torch.optim.Optimizer,
         rate: float,
-        sequences: Sequence[Sequence[int]],
-        gold: Sequence[int],
-        rows: Sequence[int],
+        data: Features,
+        examples: Sequence[int],
     ) -> float:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        device = self.model.device
         batch = packed(
-            sequences, rows, pad_token_id=int(self.model.config.pad_token_id), device=device
+            data.sequences,
+            data.rows(examples),
+            pad_token_id=int(self.model.config.pad_token_id),
+            device=self.model.device,
         )
-        target = torch.tensor([gold[row] for row in rows], dtype=torch.int64, device=device)
-        loss = self.model(packed=batch, labels=target).loss
+        loss = self.task.loss(self.model, batch, [data.targets[example] for example in examples])
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ArithmeticError(self._diverged(f"the loss is {value}", rate))
@@ -396,28 +425,14 @@ class _Run:
             f"lower the learning rate, or look for damaged weights; {self.saved()}"
         )
 
-    def _evaluate(
-        self, sequences: list[list[int]] | None, gold: Sequence[int]
-    ) -> Evaluation | None:
-        if sequences is None:
-            return None
-        return evaluate_ids(
-            self.model, sequences, gold, self.labels, batch_size=2 * self.settings.batch_size
-        )
-
-    def _keep_if_best(self, record: EpochRecord) -> None:
-        if self.best_epoch and record.dev_macro_f1 is not None:
-            best = self.history[self.best_epoch - 1]
-            if (record.dev_macro_f1, record.dev_accuracy or 0.0) <= (
-                best.dev_macro_f1 or 0.0,
-                best.dev_accuracy or 0.0,
-            ):
-                return
-        self.best_epoch = record.epoch
+    def _keep_if_best(self, scores: Scores | None) -> None:
+        best = self.best_scores
+        if best is not None and scores is not None and scores.key <= best.key:
+            return
+        self.best_epoch, self.best_scores = self.epoch, scores
         if self.narrow is not None:
             self.narrow.update_whole()
-        last = record.epoch == self.settings.epochs
-        if record.dev_macro_f1 is not None and not last:
+        if scores is not None and self.epoch < self.settings.epochs:
             self.best_weights = {
                 name: parameter.detach().clone()
                 for name, parameter in self.model.named_parameters()
@@ -430,26 +445,36 @@ class _Run:
 
     def _save(self, directory: Path) -> None:
         log = {
+            "task": self.task.name,
             "settings": asdict(self.settings),
-            "labels": self.labels,
+            "labels": self.task.labels,
             "epoch": self.epoch,
-            "history": [asdict(record) for record in self.history],
+            "history": [record.as_row() for record in self.history],
             "losses": self.losses,
         }
-        try:
-            with nullcontext() if self.narrow is None else self.narrow.made_whole():
-                _save_checkpoint(self.model, self.tokenizer, log, directory)
-        except Exception as error:
-            before = (
-                f"the weights of epoch {self.saved_epoch} are still there"
-                if self.saved_epoch
-                else "what was there before is unchanged"
-            )
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise SaveError(
-                f"could not save epoch {self.epoch} to {directory}: {reason}; {before}"
-            ) from error
-        self.saved_epoch = self.epoch
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            text = json.dumps(log, indent=1, ensure_ascii=True)
+            replace_files(folder, {LOG_NAME: lambda path: path.write_text(text, "utf-8")})
+
+        # So that what Ctrl-C says of the weights that are saved is true.
+        with interrupts_wait():
+            try:
+                with nullcontext() if self.narrow is None else self.narrow.made_whole():
+                    replace_checkpoint(directory, write)
+            except Exception as error:
+                before = (
+                    f"the weights of epoch {self.saved_epoch} are still there"
+                    if self.saved_epoch
+                    else "what was there before is unchanged"
+                )
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                raise SaveError(
+                    f"could not save epoch {self.epoch} to {directory}: {reason}; {before}"
+                ) from error
+            self.saved_epoch = self.epoch
 
     def _restore_best(self) -> None:
         if self.best_weights is None or self.best_epoch == self.epoch:
@@ -461,10 +486,12 @@ class _Run:
         if self.narrow is not None:
             self.narrow.forget_decay()
 
-    def _check_chance(self, losses: Sequence[float], evaluation: Evaluation | None) -> None:
+    def _check_chance(self, losses: Sequence[float], scores: Scores | None) -> None:
         """Warns once, from half of the steps on; ``losses`` are those of an epoch, warmed up."""
-        if not losses or 2 * len(self.losses) < self.total:
+        if self.guessing_loss is None or not losses or 2 * len(self.losses) < self.total:
             return
+        details = None if scores is None else scores.details
+        evaluation = details if isinstance(details, Evaluation) else None
         signs = signs_of_chance(losses, self.guessing_loss, evaluation)
         self.at_chance = bool(signs)
         if signs and not self.warned:
@@ -480,41 +507,7 @@ class _Run:
             )
 
 
-def _labelled(data: Labelled, name: str) -> LabelledTexts:
-    if isinstance(data, str | Path):
-        data = read_labelled(data)
-    elif not isinstance(data, LabelledTexts):
-        data = LabelledTexts.of(data, source=name)
-    if not len(data):
-        raise ValueError(f"{name} has no rows")
-    return data
-
-
-def _settle_labels(
-    model: XLMRobertaForSequenceClassification, train: LabelledTexts, distinct: list[str]
-) -> list[str]:
-    """The label names by id; gives the model those of the data where its own are placeholders."""
-    names = classifier_labels(model)
-    if set(distinct) <= set(names) or names != [f"LABEL_{i}" for i in range(len(names))]:
-        return names
-    numbers = [str(number) for number in range(len(names))]
-    if set(distinct) <= set(numbers):
-        chosen = numbers
-    elif len(distinct) == len(names):
-        chosen = distinct
-    else:
-        raise ValueError(
-            f"{train.source} has {len(distinct)} labels and the model {len(names)}: load the "
-            f"model with num_labels={len(distinct)}"
-        )
-    model.config.id2label = dict(enumerate(chosen))
-    model.config.label2id = {label: index for index, label in enumerate(chosen)}
-    return chosen
-
-
-def _adamw(
-    model: XLMRobertaForSequenceClassification, settings: _Settings
-) -> torch.optim.Optimizer:
+def _adamw(model: PreTrainedModel, settings: _Settings) -> torch.optim.Optimizer:
     groups = parameter_groups(model, settings.weight_decay)
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient")
@@ -525,35 +518,3 @@ def _adamw(
         for p in group["params"]
     )
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
-
-
-def _prepared(directory: Path) -> Path:
-    """Makes the directory and writes to it once, so that a bad one is found before training."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise SaveError(
-            f"cannot write to the output directory {directory}: {error.strerror}"
-        ) from error
-    return directory
-
-
-def _save_checkpoint(
-    model: XLMRobertaForSequenceClassification,
-    tokenizer: XLMRobertaTokenizer,
-    log: dict[str, Any],
-    directory: Path,
-) -> None:
-    """Writes everything beside the old files, then renames: a full disk costs none of them."""
-    fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    try:
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        text = json.dumps(log, indent=1, ensure_ascii=True)
-        (fresh / LOG_NAME).write_text(text, encoding="utf-8")
-        for path in sorted(fresh.iterdir()):
-            path.replace(directory / path.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

@@ -1,46 +1,37 @@
-"""The weights' file: opened with suspicion, matched with a model by name and shape, written.
+"""Entries of weights matched with a model by name and shape, read, and written.
 
 Nothing here knows a model's class; entries are names, shapes and tensors.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xlmr_ext.formats.weights_file import FILE_DTYPES, WeightsFile
+from xlmr_ext.formats.weights_file import open_safetensors as open_weights
+
 __all__ = [
-    "FILE_DTYPES",
     "Plan",
     "check_dtypes",
     "match_entries",
     "open_weights",
-    "read_shapes",
     "read_tensors",
     "tensors_to_save",
     "write_weights",
 ]
 
 logger = logging.getLogger(__name__)
-
-FILE_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-# 200 bytes a tensor are usual, 800 tensors are many.
-_MAX_HEADER_BYTES = 2**24
 
 # Entries that files carry and that say nothing about the model asked for.
 _HARMLESS = re.compile(
@@ -81,41 +72,6 @@ class Plan:
                 model,
                 ", ".join(self.unexpected),
             )
-
-
-def open_weights(path: Path) -> Any:
-    """Opens a safetensors file; whatever is wrong with its header ends here as a ValueError."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) < 8:
-            raise ValueError(f"{path}: not a safetensors file: it has {size} bytes")
-        if head == b"version ":
-            raise ValueError(f"{path}: a Git LFS pointer, not the file itself (git lfs pull)")
-        if length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{path}: not a whole safetensors file: it announces a header of {length} bytes "
-                f"and has {size} bytes in all"
-            )
-        header = file.read(length)
-    try:
-        json.loads(header, object_pairs_hook=_refuse_duplicates)
-        return safe_open(path, framework="pt")
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a usable safetensors file: {error}") from None
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("its header names an entry twice")
-    return result
-
-
-def read_shapes(weights: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the entries of an open file, by their keys; no data is read."""
-    return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
 
 
 def match_entries(
@@ -194,45 +150,51 @@ def match_entries(
             f"{len(plan.unexpected)} entries of the file are not part of it"
             f"{': ' + ', '.join(plan.unexpected[:4]) if plan.unexpected else ''}"
         )
+    made_up += sum(math.prod(here) for _, _, here in plan.mismatched)
+    stored = sum(map(math.prod, shapes.values()))
+    if made_up > stored:
+        raise ValueError(
+            f"{path}: its entries have {stored} elements, and {made_up} would have to be "
+            f"initialised anew for this {model}: the configuration is not of this file"
+        )
     return plan
 
 
 def check_dtypes(
-    expected: Mapping[str, Tensor], plan: Plan, weights: Any, path: Path
+    expected: Mapping[str, Tensor], plan: Plan, weights: WeightsFile
 ) -> list[torch.dtype]:
-    """The floating types that the file's entries have; refuses what cannot be a weight."""
+    """The floating types that the entries have; refuses what cannot be a weight."""
     found = []
     for name, key in plan.source.items():
-        dtype = weights.get_slice(key).get_dtype()
+        dtype = weights.dtype(key)
         if not expected[name].is_floating_point():
             continue
         if dtype not in FILE_DTYPES:
             raise ValueError(
-                f"{path}: {key} has type {dtype}; weights have {', '.join(FILE_DTYPES)} "
-                "(quantised checkpoints are not read)"
+                f"{weights.file_of(key)}: {key} has type {dtype}; weights have "
+                f"{', '.join(FILE_DTYPES)} (quantised checkpoints are not read)"
             )
         found.append(FILE_DTYPES[dtype])
     return found
 
 
 def read_tensors(
-    expected: Mapping[str, Tensor], plan: Plan, weights: Any, dtype: torch.dtype
+    expected: Mapping[str, Tensor], plan: Plan, weights: WeightsFile, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The file's tensors under the model's names; a parameter with two names is one object."""
-    read: dict[str, Tensor] = {}
+    """The entries under the model's names; a parameter with two names is one object."""
+    read: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, key in plan.source.items():
         target = expected[name]
-        if key not in read:
-            tensor: Tensor = weights.get_tensor(key)
-            tensor = tensor.to(dtype if target.is_floating_point() else target.dtype)
+        if id(target) not in read:
+            tensor = weights.read(key).to(dtype if target.is_floating_point() else target.dtype)
             # Headers of any length exist; the kernels need elements on their own boundary.
             if tensor.data_ptr() % tensor.element_size():
                 tensor = tensor.clone()
             if isinstance(target, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
-            read[key] = tensor
-        tensors[name] = read[key]
+            read[id(target)] = tensor
+        tensors[name] = read[id(target)]
     return tensors
 
 

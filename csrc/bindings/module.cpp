@@ -13,6 +13,7 @@
 
 #include "core/cpu_features.h"
 #include "core/dispatch.h"
+#include "core/encoder.h"
 #include "core/parallel.h"
 #include "ops.h"
 
@@ -34,19 +35,28 @@ void pointers(const std::vector<Address>& from, P (&to)[3]) {
   for (size_t i = 0; i < 3; ++i) to[i] = i < from.size() ? pointer(from[i]) : nullptr;
 }
 
-template <class Args>
-int64_t execute(xlmr::Op<Args> KernelTable::* op, const Args& args, int32_t num_threads,
-                Address workspace, int64_t workspace_bytes) {
+// query(ctx) gives the bytes of workspace, run(ctx) works.
+template <class Query, class Run>
+int64_t execute(const Query& query, const Run& run, int32_t num_threads, Address workspace,
+                int64_t workspace_bytes) {
   py::gil_scoped_release unlocked;
-  const xlmr::Op<Args>& kernel = xlmr::active().table->*op;
   ExecContext ctx;
   ctx.num_threads = num_threads;
   ctx.workspace = pointer(workspace);
-  const int64_t needed = kernel.workspace(args, ctx);
+  const int64_t needed = query(ctx);
   if (needed < 0) throw std::overflow_error("the workspace of this shape does not fit in 64 bits");
   if (needed > workspace_bytes) return needed;
-  if (const char* error = kernel.run(args, ctx)) throw std::runtime_error(error);
+  if (const char* error = run(ctx)) throw std::runtime_error(error);
   return 0;
+}
+
+template <class Args>
+int64_t execute(xlmr::Op<Args> KernelTable::* op, const Args& args, int32_t num_threads,
+                Address workspace, int64_t workspace_bytes) {
+  const xlmr::Op<Args>& kernel = xlmr::active().table->*op;
+  return execute([&](const ExecContext& ctx) { return kernel.workspace(args, ctx); },
+                 [&](const ExecContext& ctx) { return kernel.run(args, ctx); }, num_threads,
+                 workspace, workspace_bytes);
 }
 
 xlmr::Dropout dropout(double p, int64_t site, Address seed) {
@@ -159,9 +169,10 @@ int64_t feed_forward_backward(int dtype, int activation, int64_t rows, int64_t h
 
 int64_t attention_forward(int dtype, int64_t batch, int64_t rows, int64_t num_heads,
                           int64_t head_size, int64_t max_seqlen, Address cu_seqlens, double scale,
-                          double p, int64_t site, Address seed, Address query, int64_t query_stride,
-                          Address key, int64_t key_stride, Address value, int64_t value_stride,
-                          Address out, int64_t out_stride, Address lse, XLMR_TAIL) {
+                          double p, int64_t site, Address seed, bool first_only, Address query,
+                          int64_t query_stride, Address key, int64_t key_stride, Address value,
+                          int64_t value_stride, Address out, int64_t out_stride, Address lse,
+                          XLMR_TAIL) {
   xlmr::AttentionForward a{};
   a.dtype = static_cast<xlmr::DType>(dtype);
   a.batch = batch;
@@ -172,6 +183,7 @@ int64_t attention_forward(int dtype, int64_t batch, int64_t rows, int64_t num_he
   a.cu_seqlens = pointer_to<int32_t>(cu_seqlens);
   a.scale = scale;
   a.dropout = dropout(p, site, seed);
+  a.first_only = first_only;
   a.query = pointer(query);
   a.query_stride = query_stride;
   a.key = pointer(key);
@@ -186,11 +198,11 @@ int64_t attention_forward(int dtype, int64_t batch, int64_t rows, int64_t num_he
 
 int64_t attention_backward(int dtype, int64_t batch, int64_t rows, int64_t num_heads,
                            int64_t head_size, int64_t max_seqlen, Address cu_seqlens, double scale,
-                           double p, int64_t site, Address seed, Address dout, int64_t dout_stride,
-                           Address query, int64_t query_stride, Address key, int64_t key_stride,
-                           Address value, int64_t value_stride, Address out, int64_t out_stride,
-                           Address lse, Address dquery, Address dkey, Address dvalue,
-                           int64_t dqkv_stride, XLMR_TAIL) {
+                           double p, int64_t site, Address seed, bool first_only, Address dout,
+                           int64_t dout_stride, Address query, int64_t query_stride, Address key,
+                           int64_t key_stride, Address value, int64_t value_stride, Address out,
+                           int64_t out_stride, Address lse, Address dquery, int64_t dquery_stride,
+                           Address dkey, Address dvalue, int64_t dkv_stride, XLMR_TAIL) {
   xlmr::AttentionBackward a{};
   a.dtype = static_cast<xlmr::DType>(dtype);
   a.batch = batch;
@@ -201,6 +213,7 @@ int64_t attention_backward(int dtype, int64_t batch, int64_t rows, int64_t num_h
   a.cu_seqlens = pointer_to<int32_t>(cu_seqlens);
   a.scale = scale;
   a.dropout = dropout(p, site, seed);
+  a.first_only = first_only;
   a.dout = pointer(dout);
   a.dout_stride = dout_stride;
   a.query = pointer(query);
@@ -213,9 +226,10 @@ int64_t attention_backward(int dtype, int64_t batch, int64_t rows, int64_t num_h
   a.out_stride = out_stride;
   a.lse = pointer(lse);
   a.dquery = pointer(dquery);
+  a.dquery_stride = dquery_stride;
   a.dkey = pointer(dkey);
   a.dvalue = pointer(dvalue);
-  a.dqkv_stride = dqkv_stride;
+  a.dkv_stride = dkv_stride;
   return XLMR_EXECUTE(attention_backward);
 }
 
@@ -331,6 +345,56 @@ int64_t embedding_backward(int dtype, int64_t rows, int64_t hidden, double p, in
   return XLMR_EXECUTE(embedding_backward);
 }
 
+int64_t packed_bytes(int dtype, int64_t out_features, int64_t in_features) {
+  const int64_t bytes = xlmr::active().table->packed_bytes(static_cast<xlmr::DType>(dtype),
+                                                           out_features, in_features);
+  if (bytes < 0) throw std::overflow_error("a packed weight of this shape does not fit in 64 bits");
+  return bytes;
+}
+
+int64_t pack_weight(int dtype, int64_t out_features, int64_t in_features, Address weight,
+                    Address packed, XLMR_TAIL) {
+  const xlmr::PackWeight a{static_cast<xlmr::DType>(dtype), out_features, in_features,
+                           pointer(weight), pointer(packed)};
+  return XLMR_EXECUTE(pack_weight);
+}
+
+// The fields of xlmr::EncoderLayer, in their order.
+using LayerAddresses = std::array<Address, 14>;
+
+int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden, int64_t inner,
+                        int64_t num_heads, int64_t batch, int64_t max_seqlen, Address cu_seqlens,
+                        double scale, double eps, Address input_ids, Address inputs_embeds,
+                        int64_t inputs_embeds_stride, Address position_ids, Address token_type_ids,
+                        Address word, Address position, Address token_type, Address weight,
+                        Address bias, const std::vector<LayerAddresses>& layers, bool first_only,
+                        Address y, Address states, XLMR_TAIL) {
+  static_assert(sizeof(xlmr::EncoderLayer) == sizeof(LayerAddresses));
+  xlmr::EncoderForward a{};
+  set_embedding_inputs(a.embedding, dtype, rows, hidden, {}, input_ids, inputs_embeds,
+                       inputs_embeds_stride, position_ids, token_type_ids, word, position,
+                       token_type, weight);
+  a.embedding.eps = eps;
+  a.embedding.bias = pointer(bias);
+  a.activation = static_cast<xlmr::Activation>(activation);
+  a.inner = inner;
+  a.num_heads = num_heads;
+  a.num_layers = static_cast<int64_t>(layers.size());
+  a.batch = batch;
+  a.max_seqlen = max_seqlen;
+  a.scale = scale;
+  a.cu_seqlens = pointer_to<int32_t>(cu_seqlens);
+  a.layers = reinterpret_cast<const xlmr::EncoderLayer*>(layers.data());
+  a.first_only = first_only;
+  a.y = pointer(y);
+  a.states = pointer(states);
+  const KernelTable& table = *xlmr::active().table;
+  return execute(
+      [&](const ExecContext& ctx) { return xlmr::encoder_forward_workspace(table, a, ctx); },
+      [&](const ExecContext& ctx) { return xlmr::encoder_forward(table, a, ctx); }, num_threads,
+      workspace, workspace_bytes);
+}
+
 py::dict describe() {
   const uint32_t available = xlmr::cpu_features();
   std::vector<std::string> built;
@@ -368,6 +432,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_backward", &layer_norm_backward);
   m.def("embedding_forward", &embedding_forward);
   m.def("embedding_backward", &embedding_backward);
+  m.def("packed_bytes", &packed_bytes);
+  m.def("pack_weight", &pack_weight);
+  m.def("encoder_forward", &encoder_forward);
   m.def("describe", &describe);
+  m.def("table_name", [] { return xlmr::active().table->name; });
   m.def("set_table", [](const std::string& name) { xlmr::set_active(name.c_str()); });
 }

@@ -20,6 +20,11 @@ namespace avx512 {
 extern const KernelTable table;
 }
 #endif
+#if defined(XLMR_HAVE_NEON)
+namespace neon {
+extern const KernelTable table;
+}
+#endif
 
 const std::vector<TableInfo>& built_tables() {
   static const std::vector<TableInfo> tables = {
@@ -29,6 +34,9 @@ const std::vector<TableInfo>& built_tables() {
 #endif
 #if defined(XLMR_HAVE_AVX512)
       {&avx512::table, kFeatureAvx2 | kFeatureFma | kFeatureAvx512},
+#endif
+#if defined(XLMR_HAVE_NEON)
+      {&neon::table, 0},  // every AArch64 processor has Advanced SIMD
 #endif
   };
   return tables;

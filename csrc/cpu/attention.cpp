@@ -75,6 +75,17 @@ void multiply(bool accumulate, int64_t rows, int64_t columns, int64_t k, const T
   }
 }
 
+// Which rows of the query, of out and of lse belong to a sequence whose keys begin at row `first`.
+struct QueryRows {
+  int64_t begin, count;
+  int64_t total;  // of all sequences
+  template <class Args>
+  QueryRows(const Args& a, int64_t sequence, int64_t first, int64_t length)
+      : begin(a.first_only ? sequence : first),
+        count(a.first_only ? 1 : length),
+        total(a.first_only ? a.batch : a.rows) {}
+};
+
 template <class T>
 struct AttentionForwardKernel {
   static constexpr int64_t NR = Tile<T>::kColumns;
@@ -106,9 +117,17 @@ struct AttentionForwardKernel {
   void head(const AttentionForward& a, int64_t sequence, int64_t head, int32_t thread) const {
     const int64_t first = a.cu_seqlens[sequence];
     const int64_t length = a.cu_seqlens[sequence + 1] - first;
-    if (length == 0) return;
     const int64_t d = a.head_size, at = head * d;
-    const T* query = static_cast<const T*>(a.query) + first * a.query_stride + at;
+    const QueryRows queries(a, sequence, first, length);
+    T* out_rows = static_cast<T*>(a.out) + queries.begin * a.out_stride + at;
+    T* lse_rows =
+        a.lse == nullptr ? nullptr : static_cast<T*>(a.lse) + head * queries.total + queries.begin;
+    if (length == 0) {
+      if (a.first_only) fill_zero(out_rows, d);
+      if (a.first_only && lse_rows != nullptr) *lse_rows = 0;
+      return;
+    }
+    const T* query = static_cast<const T*>(a.query) + queries.begin * a.query_stride + at;
     const T* key = static_cast<const T*>(a.key) + first * a.key_stride + at;
     const T* value = static_cast<const T*>(a.value) + first * a.value_stride + at;
     T* k_packed = key_panels + thread * padded_keys * d;
@@ -123,8 +142,8 @@ struct AttentionForwardKernel {
     T* mask = running_sum + kQueries;  // [kKeysPadded]
     const DropoutMask<T> dropout(a.dropout);
 
-    for (int64_t q = 0; q < length; q += kQueries) {
-      const int64_t rows = min_of(kQueries, length - q);
+    for (int64_t q = 0; q < queries.count; q += kQueries) {
+      const int64_t rows = min_of(kQueries, queries.count - q);
       fill_zero(acc, rows * padded_size);
       for (int64_t i = 0; i < rows; ++i) {
         running_max[i] = static_cast<T>(-kInfinity);
@@ -156,13 +175,13 @@ struct AttentionForwardKernel {
                                      NR * length, acc, padded_size, T(1));
       }
       for (int64_t i = 0; i < rows; ++i) {
-        T* out = static_cast<T*>(a.out) + (first + q + i) * a.out_stride + at;
+        T* out = out_rows + (q + i) * a.out_stride;
         const Vec<T> inverse(T(1) / running_sum[i]);
         for_row<T>(d, [&](int64_t j, int64_t lanes) {
           store_lanes(out + j, load_lanes(acc + i * padded_size + j, lanes) * inverse, lanes);
         });
-        if (a.lse != nullptr) {
-          static_cast<T*>(a.lse)[head * a.rows + first + q + i] =
+        if (lse_rows != nullptr) {
+          lse_rows[q + i] =
               running_max[i] + static_cast<T>(::log(static_cast<double>(running_sum[i])));
         }
       }
@@ -234,17 +253,21 @@ struct AttentionBackwardKernel {
   void head(const AttentionBackward& a, int64_t sequence, int64_t head, int32_t thread) const {
     const int64_t first = a.cu_seqlens[sequence];
     const int64_t length = a.cu_seqlens[sequence + 1] - first;
-    if (length == 0) return;
     const int64_t d = a.head_size, at = head * d;
-    const T* query = static_cast<const T*>(a.query) + first * a.query_stride + at;
+    const QueryRows queries(a, sequence, first, length);
+    T* dquery = static_cast<T*>(a.dquery) + queries.begin * a.dquery_stride + at;
+    if (length == 0) {
+      if (a.first_only) fill_zero(dquery, d);
+      return;
+    }
+    const T* query = static_cast<const T*>(a.query) + queries.begin * a.query_stride + at;
     const T* key = static_cast<const T*>(a.key) + first * a.key_stride + at;
     const T* value = static_cast<const T*>(a.value) + first * a.value_stride + at;
-    const T* out = static_cast<const T*>(a.out) + first * a.out_stride + at;
-    const T* dout = static_cast<const T*>(a.dout) + first * a.dout_stride + at;
-    const T* lse = static_cast<const T*>(a.lse) + head * a.rows + first;
-    T* dquery = static_cast<T*>(a.dquery) + first * a.dqkv_stride + at;
-    T* dkey = static_cast<T*>(a.dkey) + first * a.dqkv_stride + at;
-    T* dvalue = static_cast<T*>(a.dvalue) + first * a.dqkv_stride + at;
+    const T* out = static_cast<const T*>(a.out) + queries.begin * a.out_stride + at;
+    const T* dout = static_cast<const T*>(a.dout) + queries.begin * a.dout_stride + at;
+    const T* lse = static_cast<const T*>(a.lse) + head * queries.total + queries.begin;
+    T* dkey = static_cast<T*>(a.dkey) + first * a.dkv_stride + at;
+    T* dvalue = static_cast<T*>(a.dvalue) + first * a.dkv_stride + at;
 
     T* k_t = key_transposed + thread * padded_keys * d;
     T* v_t = value_transposed + thread * padded_keys * d;
@@ -266,8 +289,8 @@ struct AttentionBackwardKernel {
     // it needs all keys of a row at once.
     const bool whole = length <= kKeys;
 
-    for (int64_t q = 0; q < length; q += kQueries) {
-      const int64_t rows = min_of(kQueries, length - q);
+    for (int64_t q = 0; q < queries.count; q += kQueries) {
+      const int64_t rows = min_of(kQueries, queries.count - q);
       const T* dout_q = dout + q * a.dout_stride;
       pack_b<T>({query + q * a.query_stride, a.query_stride, 1}, rows, d, q_packed);
       pack_b<T>({dout_q, a.dout_stride, 1}, rows, d, dout_packed);
@@ -309,15 +332,13 @@ struct AttentionBackwardKernel {
             store_lanes(p_row + j, p * mask_at(j, lanes), lanes);
           });
         }
-        T* dkey_k = dkey + k * a.dqkv_stride;
-        T* dvalue_k = dvalue + k * a.dqkv_stride;
-        T* dquery_q = dquery + q * a.dqkv_stride;
         multiply<ALayout::panel>(q > 0, keys, d, rows, probs, kKeysPadded, dout_packed, NR * rows,
-                                 dvalue_k, a.dqkv_stride, T(1));
+                                 dvalue + k * a.dkv_stride, a.dkv_stride, T(1));
         multiply<ALayout::panel>(q > 0, keys, d, rows, dscores, kKeysPadded, q_packed, NR * rows,
-                                 dkey_k, a.dqkv_stride, T(1));
+                                 dkey + k * a.dkv_stride, a.dkv_stride, T(1));
         multiply<ALayout::row_major>(k > 0, rows, d, keys, dscores, kKeysPadded, k_packed + k * NR,
-                                     NR * length, dquery_q, a.dqkv_stride, T(1));
+                                     NR * length, dquery + q * a.dquery_stride, a.dquery_stride,
+                                     T(1));
       }
     }
   }

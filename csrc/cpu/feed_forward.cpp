@@ -42,7 +42,8 @@ struct FeedForwardForwardKernel {
                              {static_cast<const T*>(a.up_weight), 1, a.hidden},
                              a.hidden}},
                            activated,
-                           a.inner};
+                           a.inner,
+                           a.packed ? static_cast<const T*>(a.up_weight) : nullptr};
     with_feed_forward_activation(a.activation, [&](auto activation) {
       gemm(ctx, up_space, &up, 1, [&](int, Vec<T> z, int64_t row, int64_t column, int64_t lanes) {
         row += first;
@@ -60,7 +61,8 @@ struct FeedForwardForwardKernel {
         1,
         {{{activated, a.inner, 1}, {static_cast<const T*>(a.down_weight), 1, a.inner}, a.inner}},
         static_cast<T*>(a.y) + first * a.hidden,
-        a.hidden};
+        a.hidden,
+        a.packed ? static_cast<const T*>(a.down_weight) : nullptr};
     gemm(ctx, down_space, &down, 1, [&](int, Vec<T> y, int64_t row, int64_t column, int64_t lanes) {
       if (down_bias != nullptr) y = y + load_lanes(down_bias + column, lanes);
       if (addend != nullptr) {

@@ -41,23 +41,24 @@ enum class ALayout {
   row_major  // a[i * stride + k]
 };
 
-// One register tile: out(i, j) (+)= sum_k A(i, k) B(k, j), all MR x NR of it. `rows` of the MR rows
-// are real; in row_major layout the others repeat the last real one, in a panel they are whatever
-// is there. Not inlined: each epilogue would bring a copy of its own.
-template <ALayout kLayout, class T>
-__attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t a_stride,
+// One register tile: out(i, j) (+)= sum_k A(i, k) B(k, j), kRows x NR of it. `rows` of them are
+// real; in row_major layout the others repeat the last real one, in a panel they are whatever is
+// there, to the end of a vector. Not inlined: each epilogue would bring a copy of its own.
+template <int kRows, ALayout kLayout, class T>
+__attribute__((noinline)) void multiply_rows(int64_t k_size, const T* a, int64_t a_stride,
                                              int64_t rows, const T* b, T* out, int64_t out_stride,
                                              bool add) {
-  constexpr int MR = Tile<T>::kRows, NV = Tile<T>::kVectors, V = Vec<T>::size;
-  Vec<T> acc[MR][NV];
+  constexpr int NV = Tile<T>::kVectors, V = Vec<T>::size;
+  constexpr bool by_lane = kFmaByLane && kLayout == ALayout::panel;
+  Vec<T> acc[kRows][NV];
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>::zero();
   }
-  const T* row[MR];
+  const T* row[kRows];
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     row[i] = kLayout == ALayout::row_major ? a + min_of<int64_t>(i, rows - 1) * a_stride : a + i;
   }
 #pragma GCC unroll 4
@@ -65,9 +66,16 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t
     Vec<T> bv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) bv[v] = Vec<T>::load(b + v * V);
+    Vec<T> lanes[ceil_div(kRows, V)];
+    if constexpr (by_lane) {
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const Vec<T> av(kLayout == ALayout::row_major ? row[i][k] : a[i]);
+      for (int i = 0; i < kRows; i += V) lanes[i / V] = Vec<T>::load(a + i);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> av(kLayout == ALayout::row_major ? row[i][k]
+                      : by_lane                     ? lanes[i / V].lane(i % V)
+                                                    : a[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
     }
@@ -75,13 +83,26 @@ __attribute__((noinline)) void multiply_tile(int64_t k_size, const T* a, int64_t
     if (kLayout == ALayout::panel) a += a_stride;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       T* dst = out + i * out_stride + v * V;
       (add ? Vec<T>::load(dst) + acc[i][v] : acc[i][v]).store(dst);
     }
   }
+}
+
+// A tile of 1 to MR rows, by the kernel with the fewest rows that holds them: the chain of an
+// element is the same in each.
+template <ALayout kLayout, class T>
+XLMR_INLINE void multiply_tile(int64_t k_size, const T* a, int64_t a_stride, int64_t rows,
+                               const T* b, T* out, int64_t out_stride, bool add) {
+  constexpr int MR = Tile<T>::kRows;
+  const auto kernel = rows > MR * 2 / 3 ? multiply_rows<MR, kLayout, T>
+                      : rows > MR / 3   ? multiply_rows<MR * 2 / 3, kLayout, T>
+                      : rows > 1        ? multiply_rows<MR / 3, kLayout, T>
+                                        : multiply_rows<1, kLayout, T>;
+  kernel(k_size, a, a_stride, rows, b, out, out_stride, add);
 }
 
 // Calls fn(vector, row, column offset, valid lanes) for the real part of a tile.
@@ -182,6 +203,7 @@ struct Product {
   Segment<T> segment[3];
   T* c;  // [M, N]; holds partial sums until the last block of k
   int64_t c_stride;
+  const T* packed_b = nullptr;  // pack_b of the one segment's whole B, made beforehand; may be null
 
   int64_t k_total() const {
     int64_t k = 0;
@@ -272,14 +294,22 @@ void gemm(const ExecContext& ctx, const GemmSpace<T>& space, const Product<T>* p
           const bool is_first = k_done == 0;
           k_done += k_size;
           const bool is_last = k_done == k_total;
-          pack_b(segment.b.at(k, column), k_size, columns, packed_b);
+          // Panels of NR columns: those of this block of k, or of all k with this block inside.
+          const T* panels_b = packed_b;
+          int64_t panel_k = k_size;
+          if (product.packed_b != nullptr) {
+            panels_b = product.packed_b + column * k_total + k * NR;
+            panel_k = k_total;
+          } else {
+            pack_b(segment.b.at(k, column), k_size, columns, packed_b);
+          }
           for (int64_t begin = 0; begin < chunk_rows; begin += kBlockRows) {
             const int64_t end = min_of(chunk_rows, begin + kBlockRows);
             for (int64_t j = 0; j < columns; j += NR) {
               for (int64_t row = begin; row < end; row += MR) {
                 const int64_t tile_rows = min_of(MR, end - row);
                 const T* a_panel = block + row * k_size;
-                const T* b_panel = packed_b + j * k_size;
+                const T* b_panel = panels_b + j * panel_k;
                 T* c = product.c + (chunk + row) * product.c_stride + column + j;
                 if (!is_last && tile_rows == MR && columns - j >= NR) {
                   multiply_tile<ALayout::panel>(k_size, a_panel, MR, tile_rows, b_panel, c,

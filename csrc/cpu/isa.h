@@ -5,6 +5,8 @@
 #include "cpu/vec_avx512.h"
 #elif defined(XLMR_ISA_AVX2)
 #include "cpu/vec_avx2.h"
+#elif defined(XLMR_ISA_NEON)
+#include "cpu/vec_neon.h"
 #else
 #include "cpu/vec.h"
 #endif

@@ -11,6 +11,8 @@ namespace xlmr::XLMR_ISA {
   int64_t name##_workspace(const Args& args, const ExecContext& ctx); \
   Status name(const Args& args, const ExecContext& ctx)
 
+int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features);
+XLMR_DECLARE_OP(pack_weight, PackWeight);
 XLMR_DECLARE_OP(linear_forward, LinearForward);
 XLMR_DECLARE_OP(linear_backward, LinearBackward);
 XLMR_DECLARE_OP(feed_forward_forward, FeedForwardForward);

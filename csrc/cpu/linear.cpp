@@ -1,10 +1,25 @@
-// y_p = act(x W_p^T + b_p [+ addend]), and its backward.
+// y_p = act(x W_p^T + b_p [+ addend]), its backward, and the packing of W.
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/reduce.h"
 
 namespace xlmr::XLMR_ISA {
 namespace {
+
+template <class T>
+struct PackWeightKernel {
+  PackWeightKernel(Workspace&, const PackWeight&, const ExecContext&) {}
+
+  void run(const PackWeight& a, const ExecContext& ctx) const {
+    constexpr int64_t NR = Tile<T>::kColumns;
+    const MatrixView<T> b{static_cast<const T*>(a.weight), 1, a.in_features};  // W^T
+    parallel_ranges(ctx, ceil_div(a.out_features, NR), 1, [&](int64_t begin, int64_t) {
+      const int64_t column = begin * NR;
+      pack_b(b.at(0, column), a.in_features, min_of(NR, a.out_features - column),
+             static_cast<T*>(a.packed) + column * a.in_features);
+    });
+  }
+};
 
 template <class T>
 struct LinearForwardKernel {
@@ -23,7 +38,8 @@ struct LinearForwardKernel {
                       {static_cast<const T*>(a.weight[p]), 1, a.in_features},
                       a.in_features}},
                     static_cast<T*>(a.y[p]),
-                    a.y_stride};
+                    a.y_stride,
+                    a.packed ? static_cast<const T*>(a.weight[p]) : nullptr};
     }
     const T* addend = static_cast<const T*>(a.addend);
     gemm(ctx, gemm_space, product, static_cast<int>(a.parts),
@@ -90,6 +106,14 @@ struct LinearBackwardKernel {
 
 }  // namespace
 
+int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
+  const int64_t columns = dtype == DType::float32 ? Tile<float>::kColumns : Tile<double>::kColumns;
+  const int64_t elements = product(round_up(out_features, columns), in_features);
+  const int64_t bytes = product(elements, dtype_size(dtype));
+  return bytes == INT64_MAX ? -1 : bytes;
+}
+
+XLMR_DEFINE_OP(pack_weight, PackWeight, PackWeightKernel)
 XLMR_DEFINE_OP(linear_forward, LinearForward, LinearForwardKernel)
 XLMR_DEFINE_OP(linear_backward, LinearBackward, LinearBackwardKernel)
 

@@ -9,6 +9,8 @@ namespace xlmr::XLMR_ISA {
 extern const KernelTable table;
 const KernelTable table = {
     XLMR_STRING(XLMR_ISA),
+    packed_bytes,
+    {pack_weight_workspace, pack_weight},
     {linear_forward_workspace, linear_forward},
     {linear_backward_workspace, linear_backward},
     {feed_forward_forward_workspace, feed_forward_forward},

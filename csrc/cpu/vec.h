@@ -44,6 +44,8 @@ struct Vec;
 #if !defined(XLMR_VEC_NATIVE)
 
 constexpr int kVectorRegisters = 16;
+// Whether a fused multiply-add may take one lane of a register for all lanes of a factor.
+constexpr bool kFmaByLane = false;
 
 template <class T>
 struct LaneTypes;

@@ -10,6 +10,7 @@ namespace xlmr::XLMR_ISA {
 namespace {
 
 constexpr int kVectorRegisters = 16;
+constexpr bool kFmaByLane = false;
 
 // Sliding a window over these words gives the mask of the first n lanes.
 alignas(32) constexpr int32_t kTailMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1,

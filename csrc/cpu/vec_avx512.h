@@ -10,6 +10,7 @@ namespace xlmr::XLMR_ISA {
 namespace {
 
 constexpr int kVectorRegisters = 32;
+constexpr bool kFmaByLane = false;
 
 XLMR_INLINE __mmask16 first_lanes(int64_t n) {
   return static_cast<__mmask16>((uint32_t{1} << n) - 1);

@@ -20,9 +20,12 @@ struct Problem {
   bool need_lse = true;
   bool joined = false;  // q, k and v are column blocks of one buffer, as the linear op lays them
   int64_t gap = 0;
+  bool first_only = false;  // query and dout have a row for every sequence, and stand apart
   std::vector<T> query, key, value, dout;
 
+  int64_t batch() const { return int64_t(lengths.size()); }
   int64_t rows() const { return std::accumulate(lengths.begin(), lengths.end(), int64_t(0)); }
+  int64_t query_rows() const { return first_only ? batch() : rows(); }
   int64_t width() const { return heads * size; }
   std::vector<int32_t> offsets() const {
     std::vector<int32_t> out{0};
@@ -32,8 +35,9 @@ struct Problem {
   std::string sizes() const {
     std::string list;
     for (int32_t length : lengths) list += text(" %d", int(length));
-    return text("lengths=[%s ] heads=%lld size=%lld p=%g joined=%d gap=%lld lse=%d", list.c_str(),
-                (long long)heads, (long long)size, p, int(joined), (long long)gap, int(need_lse));
+    return text("lengths=[%s ] heads=%lld size=%lld p=%g joined=%d gap=%lld lse=%d first_only=%d",
+                list.c_str(), (long long)heads, (long long)size, p, int(joined), (long long)gap,
+                int(need_lse), int(first_only));
   }
 };
 
@@ -60,43 +64,71 @@ Problem<T> make(Random& random, std::vector<int32_t> lengths, int64_t heads, int
 template <class T>
 using Outputs = std::vector<std::vector<T>>;
 
-// q, k and v: three buffers of different strides would need three strides in the backward's
-// outputs too, so only the inputs vary.
+// The problem in which the first tokens ask alone. What belongs to empty sequences is NaN: nobody
+// may read it.
+template <class T>
+Problem<T> first_tokens(const Problem<T>& p) {
+  Problem<T> out = p;
+  out.first_only = true;
+  const auto gather = [&](const std::vector<T>& from) {
+    std::vector<T> to(size_t(p.batch() * p.width()), std::numeric_limits<T>::quiet_NaN());
+    const std::vector<int32_t> offsets = p.offsets();
+    for (int64_t b = 0; b < p.batch(); ++b) {
+      if (p.lengths[size_t(b)] == 0) continue;
+      std::copy_n(from.begin() + offsets[size_t(b)] * p.width(), p.width(),
+                  to.begin() + b * p.width());
+    }
+    return to;
+  };
+  out.query = gather(p.query);
+  out.dout = gather(p.dout);
+  return out;
+}
+
+// q, k and v, or their gradients. Of the gradients, the key's and the value's share one stride.
 template <class T>
 struct Triple {
   std::deque<Guarded<T>> buffers;
+  struct Place {
+    size_t buffer;
+    int64_t column;
+  } place[3];
   T* pointer[3] = {};
   int64_t stride[3] = {};
   int64_t width;
-  bool joined;
 
   Triple(const Problem<T>& p, const std::vector<T>* const* values) : width(p.width()) {
-    joined = p.joined;
-    const int64_t rows = p.rows();
-    if (joined) {
-      buffers.emplace_back(rows, 3 * width, 3 * width + p.gap);
-      if (values != nullptr) {
-        std::vector<T> all(size_t(rows * 3 * width));
-        for (int64_t i = 0; i < rows * 3 * width; ++i) {
-          const int64_t row = i / (3 * width), part = i % (3 * width) / width;
-          all[size_t(i)] = (*values[part])[size_t(row * width + i % width)];
-        }
-        buffers[0].fill(all);
+    // Which of the three begins a buffer of its own; the others lie beside the one before.
+    const bool apart[3] = {true, !p.joined || p.first_only, !p.joined};
+    for (int i = 0; i < 3; ++i) {
+      if (!apart[i]) {
+        place[i] = {place[i - 1].buffer, place[i - 1].column + width};
+        continue;
       }
+      int count = 1;
+      while (i + count < 3 && !apart[i + count]) ++count;
+      const int64_t rows = i == 0 ? p.query_rows() : p.rows();
+      const int64_t gap = p.gap * (values != nullptr || i == 0 ? i + 1 : 2);
+      buffers.emplace_back(rows, count * width, count * width + gap);
+      place[i] = {buffers.size() - 1, 0};
+      if (values == nullptr) continue;
+      std::vector<T> all;
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int part = i; part < i + count; ++part) {
+          const auto begin = values[part]->begin() + row * width;
+          all.insert(all.end(), begin, begin + width);
+        }
+      }
+      buffers.back().fill(all);
     }
     for (int i = 0; i < 3; ++i) {
-      if (!joined) {
-        const int64_t gap = values == nullptr ? p.gap : p.gap * (i + 1);
-        buffers.emplace_back(rows, width, width + gap);
-        if (values != nullptr) buffers.back().fill(*values[i]);
-      }
-      const Guarded<T>& buffer = joined ? buffers[0] : buffers.back();
-      pointer[i] = buffer.data() == nullptr ? nullptr : buffer.data() + (joined ? i * width : 0);
+      const Guarded<T>& buffer = buffers[place[i].buffer];
+      pointer[i] = buffer.data() == nullptr ? nullptr : buffer.data() + place[i].column;
       stride[i] = buffer.stride();
     }
   }
   std::vector<T> values(int i) const {
-    return joined ? buffers[0].columns(i * width, width) : buffers[size_t(i)].values();
+    return buffers[place[i].buffer].columns(place[i].column, width);
   }
   bool intact() const {
     return std::all_of(buffers.begin(), buffers.end(),
@@ -108,7 +140,7 @@ template <class Args, class T>
 void set_common(Args& args, const Problem<T>& p, const Guarded<int32_t>& offsets,
                 const int64_t* seed) {
   args.dtype = dtype_of<T>();
-  args.batch = int64_t(p.lengths.size());
+  args.batch = p.batch();
   args.rows = p.rows();
   args.num_heads = p.heads;
   args.head_size = p.size;
@@ -119,13 +151,14 @@ void set_common(Args& args, const Problem<T>& p, const Guarded<int32_t>& offsets
   args.dropout.p = p.p;
   args.dropout.site = p.site;
   args.dropout.seed = p.p > 0 ? seed : nullptr;
+  args.first_only = p.first_only;
 }
 
 // Outputs: out [N, heads * size], lse [heads, N] (empty where it is not asked for).
 template <class T>
 Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
-  const int64_t rows = p.rows();
-  const Guarded<int32_t> offsets(p.offsets(), 1, int64_t(p.lengths.size()) + 1);
+  const int64_t rows = p.query_rows();
+  const Guarded<int32_t> offsets(p.offsets(), 1, p.batch() + 1);
   const Guarded<int64_t> seed(std::vector<int64_t>{kSeed}, 1, 1);
   const std::vector<T>* inputs[3] = {&p.query, &p.key, &p.value};
   const Triple<T> qkv(p, inputs);
@@ -153,8 +186,8 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
 template <class T>
 Outputs<T> backward(TableRef table, const Problem<T>& p, const std::vector<T>& out_values,
                     const std::vector<T>& lse_values, int32_t threads) {
-  const int64_t rows = p.rows();
-  const Guarded<int32_t> offsets(p.offsets(), 1, int64_t(p.lengths.size()) + 1);
+  const int64_t rows = p.query_rows();
+  const Guarded<int32_t> offsets(p.offsets(), 1, p.batch() + 1);
   const Guarded<int64_t> seed(std::vector<int64_t>{kSeed}, 1, 1);
   const std::vector<T>* inputs[3] = {&p.query, &p.key, &p.value};
   const Triple<T> qkv(p, inputs);
@@ -178,7 +211,8 @@ Outputs<T> backward(TableRef table, const Problem<T>& p, const std::vector<T>& o
   args.dquery = dqkv.pointer[0];
   args.dkey = dqkv.pointer[1];
   args.dvalue = dqkv.pointer[2];
-  args.dqkv_stride = dqkv.stride[0];
+  args.dquery_stride = dqkv.stride[0];
+  args.dkv_stride = dqkv.stride[1];
   run_op(table.attention_backward, args, threads);
   CHECK(offsets.intact() && seed.intact() && qkv.intact() && dout.intact() && out.intact() &&
             lse.intact(),
@@ -197,34 +231,41 @@ struct Reference {
 template <class T>
 Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
   using R = Wide<T>;
-  const int64_t rows = p.rows(), width = p.width();
+  const int64_t rows = p.query_rows(), width = p.width();
   Reference<R> ref;
   ref.out.resize(size_t(rows * width));
   ref.lse.resize(size_t(p.heads * rows));
   if (gradients) {
     ref.dquery.resize(size_t(rows * width));
-    ref.dkey.resize(size_t(rows * width));
-    ref.dvalue.resize(size_t(rows * width));
+    ref.dkey.resize(size_t(p.rows() * width));
+    ref.dvalue.resize(size_t(p.rows() * width));
   }
   const Num<R> scale = rounded(R(p.scale));
   const Num<R> keep = rounded(R(1 / (1 - p.p)));
-  int64_t first = 0;
+  int64_t first = 0, sequence = 0;
   for (int32_t length : p.lengths) {
+    // Rows of the query: `asking` of them from `asked` on.
+    const int64_t asking = p.first_only ? std::min(length, 1) : length;
+    const int64_t asked = p.first_only ? sequence : first;
     // Running maxima move the pivot at most once for each block of keys; 16 keys are the smallest
     // block that would make sense.
     const R rescales = R(length / 16 + 2);
     for (int64_t head = 0; head < p.heads; ++head) {
-      const auto at = [&](const std::vector<T>& values, int64_t row, int64_t d) {
-        return R(values[size_t((first + row) * width + head * p.size + d)]);
+      const auto index = [&](int64_t row, int64_t d) {
+        return size_t(row * width + head * p.size + d);
       };
-      std::vector<Num<R>> probability(size_t(length) * size_t(length));  // after dropout
+      const auto query = [&](int64_t i, int64_t d) { return R(p.query[index(asked + i, d)]); };
+      const auto dout = [&](int64_t i, int64_t d) { return R(p.dout[index(asked + i, d)]); };
+      const auto key = [&](int64_t j, int64_t d) { return R(p.key[index(first + j, d)]); };
+      const auto value = [&](int64_t j, int64_t d) { return R(p.value[index(first + j, d)]); };
+      std::vector<Num<R>> probability(size_t(asking) * size_t(length));  // after dropout
       std::vector<Num<R>> softmax(probability.size());                   // before
-      for (int64_t i = 0; i < length; ++i) {
+      for (int64_t i = 0; i < asking; ++i) {
         std::vector<Num<R>> score;
         R top = 0, peak = -std::numeric_limits<R>::infinity(), top_error = 0;
         for (int64_t j = 0; j < length; ++j) {
           Sum<R> sum;
-          for (int64_t d = 0; d < p.size; ++d) sum.add_product(at(p.query, i, d), at(p.key, j, d));
+          for (int64_t d = 0; d < p.size; ++d) sum.add_product(query(i, d), key(j, d));
           score.push_back(sum.value() * scale);
           top = std::max(top, std::fabs(score.back().v));
           peak = std::max(peak, score.back().v);
@@ -241,7 +282,7 @@ Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
           total.add(weight.back());
         }
         const Num<R> sum = total.value();
-        ref.lse[size_t(head * rows + first + i)] = {
+        ref.lse[size_t(head * rows + asked + i)] = {
             peak + std::log(sum.v), top_error + 2 * top + sum.e / sum.v +
                                         R(kFunctionError) * std::fabs(std::log(sum.v)) +
                                         std::fabs(peak + std::log(sum.v)) + 3 * top};
@@ -257,27 +298,28 @@ Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
         for (int64_t d = 0; d < p.size; ++d) {
           Sum<R> dot;
           for (int64_t j = 0; j < length; ++j) {
-            dot.add_product(probability[size_t(i * length + j)], exact(at(p.value, j, d)));
+            dot.add_product(probability[size_t(i * length + j)], exact(value(j, d)));
           }
-          ref.out[size_t((first + i) * width + head * p.size + d)] = dot.value();
+          ref.out[index(asked + i, d)] = dot.value();
         }
       }
       if (!gradients) continue;
       std::vector<Num<R>> dscore(probability.size());
-      for (int64_t i = 0; i < length; ++i) {
-        Sum<R> delta;
+      for (int64_t i = 0; i < asking; ++i) {
+        const R lse_size = std::fabs(ref.lse[size_t(head * rows + asked + i)].v);
+        std::vector<Num<R>> dprobability;
+        // rowsum(dO * O) and rowsum(P * dP) are the same number with different errors.
+        Sum<R> delta, same_delta;
         for (int64_t d = 0; d < p.size; ++d) {
-          const size_t id = size_t((first + i) * width + head * p.size + d);
-          delta.add_product(exact(R(p.dout[id])), rounded(ref.out[id].v));
+          delta.add_product(exact(dout(i, d)), rounded(ref.out[index(asked + i, d)].v));
         }
-        const R lse_size = std::fabs(ref.lse[size_t(head * rows + first + i)].v);
         for (int64_t j = 0; j < length; ++j) {
           const size_t ij = size_t(i * length + j);
           Sum<R> dot;
           Sum<R> score;
           for (int64_t d = 0; d < p.size; ++d) {
-            dot.add_product(at(p.dout, i, d), at(p.value, j, d));
-            score.add_product(at(p.query, i, d), at(p.key, j, d));
+            dot.add_product(dout(i, d), value(j, d));
+            score.add_product(query(i, d), key(j, d));
           }
           // The backward computes the probability again, from the rounded lse.
           const Num<R> s = score.value() * scale;
@@ -288,31 +330,41 @@ Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
           } else if (probability[ij].v != 0) {
             probability[ij] = softmax[ij] * keep;
           }
-          Num<R> dprobability = dot.value();
+          Num<R> dp = dot.value();
           if (p.p > 0) {
             const bool kept = keeps(p.p, kSeed, p.site, head, first + i, j);
-            dprobability = kept ? dprobability * keep : exact(R(0));
+            dp = kept ? dp * keep : exact(R(0));
           }
-          dscore[ij] = softmax[ij] * (dprobability - delta.value()) * scale;
+          dprobability.push_back(dp);
+          same_delta.add_product(softmax[ij], dp);
+        }
+        const Num<R> either{delta.value().v, std::max(delta.value().e, same_delta.value().e)};
+        for (int64_t j = 0; j < length; ++j) {
+          const size_t ij = size_t(i * length + j);
+          dscore[ij] = softmax[ij] * (dprobability[size_t(j)] - either) * scale;
         }
       }
-      for (int64_t i = 0; i < length; ++i) {
-        for (int64_t d = 0; d < p.size; ++d) {
-          Sum<R> dq, dk, dv;
+      for (int64_t d = 0; d < p.size; ++d) {
+        for (int64_t i = 0; i < asking; ++i) {
+          Sum<R> dq;
           for (int64_t j = 0; j < length; ++j) {
-            const size_t ij = size_t(i * length + j), ji = size_t(j * length + i);
-            dq.add_product(dscore[ij], exact(at(p.key, j, d)));
-            dk.add_product(dscore[ji], exact(at(p.query, j, d)));
-            dv.add_product(probability[ji], exact(at(p.dout, j, d)));
+            dq.add_product(dscore[size_t(i * length + j)], exact(key(j, d)));
           }
-          const size_t id = size_t((first + i) * width + head * p.size + d);
-          ref.dquery[id] = dq.value();
-          ref.dkey[id] = dk.value();
-          ref.dvalue[id] = dv.value();
+          ref.dquery[index(asked + i, d)] = dq.value();
+        }
+        for (int64_t j = 0; j < length; ++j) {
+          Sum<R> dk, dv;
+          for (int64_t i = 0; i < asking; ++i) {
+            dk.add_product(dscore[size_t(i * length + j)], exact(query(i, d)));
+            dv.add_product(probability[size_t(i * length + j)], exact(dout(i, d)));
+          }
+          ref.dkey[index(first + j, d)] = dk.value();
+          ref.dvalue[index(first + j, d)] = dv.value();
         }
       }
     }
     first += length;
+    ++sequence;
   }
   return ref;
 }
@@ -326,7 +378,7 @@ void check_forward(Line& line, TableRef table, const Problem<T>& p) {
   line.compare("out", got[0], ref.out);
   if (p.need_lse) line.compare("lse", got[1], ref.lse);
   // A sequence alone has the bits that it has in the batch. (Dropout depends on the packed row.)
-  if (p.p > 0 || p.lengths.size() < 2) return;
+  if (p.p > 0 || p.lengths.size() < 2 || p.first_only) return;
   int64_t first = 0;
   for (int32_t length : p.lengths) {
     Problem<T> alone = p;
@@ -352,6 +404,52 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
   line.compare("dquery", got[0], ref.dquery);
   line.compare("dkey", got[1], ref.dkey);
   line.compare("dvalue", got[2], ref.dvalue);
+}
+
+// The first tokens alone have the bits that they have beside all others: their out and lse, and
+// the gradients where the other tokens' dout is 0.
+template <class T>
+void check_first_only(Line& line, TableRef table, const Problem<T>& given) {
+  Problem<T> p = given;
+  const std::vector<int32_t> offsets = p.offsets();
+  const int64_t w = p.width(), rows = p.rows(), batch = p.batch();
+  std::fill(p.dout.begin(), p.dout.end(), T(0));
+  for (int64_t b = 0; b < batch; ++b) {
+    if (p.lengths[size_t(b)] == 0) continue;
+    const int64_t at = offsets[size_t(b)] * w;
+    std::copy_n(given.dout.begin() + at, w, p.dout.begin() + at);
+  }
+  p.need_lse = true;
+  const Problem<T> first = first_tokens(p);
+  line.begin("beside all tokens: " + first.sizes());
+  const Outputs<T> all = forward(table, p, 2), alone = forward(table, first, 2);
+  const Outputs<T> dall = backward(table, p, all[0], all[1], 2);
+  const Outputs<T> dalone = backward(table, first, alone[0], alone[1], 2);
+  // Of `all`'s rows those that ask, and 0 for sequences without one.
+  const auto gather = [&](const std::vector<T>& from, int64_t columns, int64_t at) {
+    std::vector<T> to(size_t(batch * columns), T(0));
+    for (int64_t b = 0; b < batch; ++b) {
+      if (p.lengths[size_t(b)] == 0) continue;
+      std::copy_n(from.begin() + at + offsets[size_t(b)] * columns, columns,
+                  to.begin() + b * columns);
+    }
+    return to;
+  };
+  line.same_bits("out", alone[0], gather(all[0], w, 0));
+  std::vector<T> lse;
+  for (int64_t head = 0; head < p.heads; ++head) {
+    const std::vector<T> of_head = gather(all[1], 1, head * rows);
+    lse.insert(lse.end(), of_head.begin(), of_head.end());
+  }
+  line.same_bits("lse", alone[1], lse);
+  // The other tokens add +-0 to the gradients: numbers stay as they are, the sign of a 0 may not.
+  const auto unsigned_zeros = [](std::vector<T> values) {
+    for (T& value : values) value = value == 0 ? T(0) : value;
+    return values;
+  };
+  line.same_bits("dquery", unsigned_zeros(dalone[0]), unsigned_zeros(gather(dall[0], w, 0)));
+  line.same_bits("dkey", unsigned_zeros(dalone[1]), unsigned_zeros(dall[1]));
+  line.same_bits("dvalue", unsigned_zeros(dalone[2]), unsigned_zeros(dall[2]));
 }
 
 // Scores so large that all but the greatest vanish: the value of the greatest key comes out as it
@@ -467,6 +565,8 @@ void run(TableRef table) {
     cases.push_back({{257, 2}, 1, 16, 0});
     cases.push_back({{33}, 2, 64, 0.99});
   }
+  // More sequences than tokens.
+  cases.push_back({{0, 0, 1, 0, 0, 0}, 2, 9, 0});
   Random fuzz(options().seed);
   for (int64_t i = 0; i < options().fuzz; ++i) {
     Sizes s{{}, fuzz.between(1, 4), fuzz.between(1, 128), fuzz.chance(0.5) ? fuzz.uniform() : 0};
@@ -487,6 +587,15 @@ void run(TableRef table) {
     Line line(table, dtype_name<T>(), "attention_backward");
     for (const Sizes& s : cases) {
       check_backward(line, table, make<T>(random, s.lengths, s.heads, s.size, s.p));
+    }
+  }
+  if (selected("attention_first_only")) {
+    Line line(table, dtype_name<T>(), "attention_first_only");
+    for (const Sizes& s : cases) {
+      const Problem<T> p = make<T>(random, s.lengths, s.heads, s.size, s.p);
+      check_forward(line, table, first_tokens(p));
+      check_backward(line, table, first_tokens(p));
+      check_first_only(line, table, p);
     }
   }
 }

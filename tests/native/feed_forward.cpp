@@ -1,5 +1,5 @@
 // feed_forward_forward and feed_forward_backward.
-#include "harness.h"
+#include "packed.h"
 
 namespace test {
 namespace {
@@ -15,16 +15,17 @@ struct Problem {
   std::vector<T> pre, dy;                                                 // the backward's
   // The forward's pre; the backward's dx, dup, dup_bias, ddown, ddown_bias, dpre.
   bool need_pre = true;
+  bool packed = false;  // the forward's weights
   bool need[6] = {true, true, true, true, true, true};
 
   std::string sizes() const {
     return text(
         "rows=%lld hidden=%lld inner=%lld activation=%d biases=%d%d addends=%d%d gap=%lld "
-        "pre=%d need=%d%d%d%d%d%d",
+        "pre=%d need=%d%d%d%d%d%d packed=%d",
         (long long)rows, (long long)hidden, (long long)inner, int(activation),
         int(!up_bias.empty()), int(!down_bias.empty()), int(!hidden_addend.empty()),
         int(!addend.empty()), (long long)gap, int(need_pre), int(need[0]), int(need[1]),
-        int(need[2]), int(need[3]), int(need[4]), int(need[5]));
+        int(need[2]), int(need[3]), int(need[4]), int(need[5]), int(packed));
   }
 };
 
@@ -68,6 +69,11 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   const Guarded<T> addend(p.addend, p.addend.empty() ? 0 : p.rows, p.hidden, p.hidden + 3 * p.gap);
   Guarded<T> y(p.rows, p.hidden);
   Guarded<T> pre(p.need_pre ? p.rows : 0, p.inner);
+  std::deque<Packed<T>> packed;
+  if (p.packed) {
+    packed.emplace_back(table, p.up, p.inner, p.hidden, threads);
+    packed.emplace_back(table, p.down, p.hidden, p.inner, threads);
+  }
   xlmr::FeedForwardForward args{};
   args.dtype = dtype_of<T>();
   args.activation = p.activation;
@@ -76,9 +82,10 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.inner = p.inner;
   args.x = x.data();
   args.x_stride = x.stride();
-  args.up_weight = up.data();
+  args.packed = p.packed;
+  args.up_weight = p.packed ? packed[0].data() : up.data();
   args.up_bias = up_bias.data();
-  args.down_weight = down.data();
+  args.down_weight = p.packed ? packed[1].data() : down.data();
   args.down_bias = down_bias.data();
   args.hidden_addend = hidden_addend.data();
   args.hidden_addend_stride = hidden_addend.stride();
@@ -90,6 +97,7 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   CHECK(x.intact() && up.intact() && down.intact() && up_bias.intact() && down_bias.intact() &&
             hidden_addend.intact() && addend.intact(),
         "an input was changed");
+  for (const auto& buffer : packed) CHECK(buffer.intact(), "a packed weight was changed");
   CHECK(y.intact(), "y was written outside of its elements");
   CHECK(pre.intact(), "pre was written outside of its elements");
   return {y.values(), pre.values()};
@@ -172,6 +180,12 @@ void check_forward(Line& line, TableRef table, const Problem<T>& p) {
   }
   line.compare("y", got[0], y);
   if (p.need_pre) line.compare("pre", got[1], pre);
+  Problem<T> packed = p;
+  packed.packed = true;
+  const Outputs<T> from_packed =
+      run_on_threads(line, [&](int32_t threads) { return forward(table, packed, threads); });
+  line.same_bits("y of packed weights", from_packed[0], got[0]);
+  line.same_bits("pre of packed weights", from_packed[1], got[1]);
   for (int64_t count : {int64_t(1), p.rows / 2}) {
     if (count == 0 || count >= p.rows) continue;
     const int64_t first = (p.rows - count) / 2;
@@ -267,6 +281,29 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
   if (p.need[5]) line.compare("dpre", got[5], dpre);
 }
 
+// The first and the last `rows` of many have the bits that they have among all, for every number of
+// rows up to two register tiles: each is cut into tiles in its own way.
+template <class T>
+void check_row_counts(Line& line, TableRef table, Random& random, Activation activation) {
+  constexpr int64_t kMost = 27;  // no table's tile has more than 13 rows
+  Problem<T> p = make<T>(random, kMost, 33, 37, activation);
+  line.begin("every number of rows: " + p.sizes());
+  const std::vector<T> all = forward(table, p, 2)[0];
+  for (int64_t rows = 1; rows < kMost; ++rows) {
+    for (const int64_t first : {int64_t(0), kMost - rows}) {
+      Problem<T> some = p;
+      some.rows = rows;
+      some.packed = rows % 2 == 0;
+      some.x = slice(p.x, first * p.hidden, rows * p.hidden);
+      some.hidden_addend = slice(p.hidden_addend, first * p.inner, rows * p.inner);
+      some.addend = slice(p.addend, first * p.hidden, rows * p.hidden);
+      line.same_bits(
+          text("rows %lld and following %lld", (long long)first, (long long)rows).c_str(),
+          forward(table, some, 1)[0], slice(all, first * p.hidden, rows * p.hidden));
+    }
+  }
+}
+
 // The activation over its whole range, through layers that pass numbers on unchanged; forward the
 // value, backward (dpre with dy = 1) the slope. With flush to zero on, too.
 template <class T>
@@ -354,6 +391,7 @@ void run(TableRef table) {
     }
     for (Activation activation : activations) {
       check_range<T>(line, table, activation, false);
+      check_row_counts<T>(line, table, random, activation);
       check_nan<T>(line, table, random, activation);
     }
   }

@@ -62,22 +62,29 @@ constexpr const char* dtype_name() {
 uint32_t control_bits();
 void set_flush_to_zero(bool on);
 
-// Runs one op on a workspace of the very size that it asked for.
-template <class Args>
-void run_op(const xlmr::Op<Args>& op, const Args& args, int32_t threads) {
+// Calls run(context) on a workspace of the very size that query(context) answers.
+template <class Query, class Run>
+void run_on_workspace(const Query& query, const Run& run, int32_t threads) {
   xlmr::ExecContext context;
   context.num_threads = threads;
-  const int64_t bytes = op.workspace(args, context);
+  const int64_t bytes = query(context);
   if (!CHECK(bytes >= 0, "workspace query answered %lld", static_cast<long long>(bytes))) return;
   const Block workspace(size_t(bytes), Block::next_placement(), 8);
   if (bytes > 0) std::memset(workspace.data(), 0xFF, size_t(bytes));
   context.workspace = workspace.data();
   const uint32_t control = control_bits();
-  const xlmr::Status status = op.run(args, context);
+  const xlmr::Status status = run(context);
   CHECK(control_bits() == control, "the floating-point control word was changed");
   CHECK(status == nullptr, "status: %s", status);
   CHECK(workspace.intact(), "wrote outside of the workspace of %lld bytes",
         static_cast<long long>(bytes));
+}
+
+template <class Args>
+void run_op(const xlmr::Op<Args>& op, const Args& args, int32_t threads) {
+  run_on_workspace([&](const xlmr::ExecContext& context) { return op.workspace(args, context); },
+                   [&](const xlmr::ExecContext& context) { return op.run(args, context); },
+                   threads);
 }
 
 using TableRef = const xlmr::KernelTable&;
@@ -158,5 +165,7 @@ void test_attention(TableRef table);
 void test_layer_norm(TableRef table);
 void test_embedding(TableRef table);
 void test_dropout(TableRef table);
+void test_packing(TableRef table);
+void test_encoder(TableRef table);
 
 }  // namespace test

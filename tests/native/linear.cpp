@@ -1,5 +1,5 @@
 // linear_forward and linear_backward.
-#include "harness.h"
+#include "packed.h"
 
 namespace test {
 namespace {
@@ -15,14 +15,15 @@ struct Problem {
   std::vector<T> x, weight[3], bias[3], addend;  // bias and addend may be empty
   std::vector<T> dy[3], y;                       // the backward's
   bool need_x = true, need_weight = true, need_bias = true;
+  bool packed = false;  // the forward's weights
 
   std::string sizes() const {
     return text(
         "rows=%lld in=%lld out=%lld parts=%lld activation=%d bias=%d addend=%d "
-        "interleaved=%d gap=%lld need=%d%d%d",
+        "interleaved=%d gap=%lld need=%d%d%d packed=%d",
         (long long)rows, (long long)in, (long long)out, (long long)parts, int(activation),
         int(!bias[0].empty()), int(!addend.empty()), int(interleaved), (long long)gap, int(need_x),
-        int(need_weight), int(need_bias));
+        int(need_weight), int(need_bias), int(packed));
   }
 };
 
@@ -108,6 +109,7 @@ template <class T>
 Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   const Guarded<T> x(p.x, p.rows, p.in, p.in + p.gap);
   std::deque<Guarded<T>> weights, biases;
+  std::deque<Packed<T>> packed;
   const Guarded<T> addend(p.addend, p.addend.empty() ? 0 : p.rows, p.out, p.out + 2 * p.gap);
   const Parts<T> y(p, nullptr);
   xlmr::LinearForward args{};
@@ -119,9 +121,15 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.parts = p.parts;
   args.x = x.data();
   args.x_stride = x.stride();
+  args.packed = p.packed;
   for (int64_t part = 0; part < p.parts; ++part) {
-    weights.emplace_back(p.weight[part], p.out, p.in);
-    args.weight[part] = weights.back().data();
+    if (p.packed) {
+      packed.emplace_back(table, p.weight[part], p.out, p.in, threads);
+      args.weight[part] = packed.back().data();
+    } else {
+      weights.emplace_back(p.weight[part], p.out, p.in);
+      args.weight[part] = weights.back().data();
+    }
     if (!p.bias[part].empty()) {
       biases.emplace_back(p.bias[part], 1, p.out);
       args.bias[part] = biases.back().data();
@@ -135,6 +143,7 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   CHECK(x.intact() && addend.intact(), "an input was changed");
   CHECK(y.intact(), "y was written outside of its elements");
   for (const auto& buffer : weights) CHECK(buffer.intact(), "a weight was changed");
+  for (const auto& buffer : packed) CHECK(buffer.intact(), "a packed weight was changed");
   for (const auto& buffer : biases) CHECK(buffer.intact(), "a bias was changed");
   Outputs<T> out;
   for (int64_t part = 0; part < p.parts; ++part) out.push_back(y.values(part));
@@ -210,6 +219,13 @@ void check_forward(Line& line, TableRef table, const Problem<T>& p) {
       }
     }
     line.compare(text("y%lld", (long long)part).c_str(), got[size_t(part)], want);
+  }
+  Problem<T> packed = p;
+  packed.packed = true;
+  const Outputs<T> from_packed =
+      run_on_threads(line, [&](int32_t threads) { return forward(table, packed, threads); });
+  for (int64_t part = 0; part < p.parts; ++part) {
+    line.same_bits("packed weights", from_packed[size_t(part)], got[size_t(part)]);
   }
   // A row alone, and a few rows from the middle, have the bits that they have in the batch.
   for (int64_t count : {int64_t(1), p.rows / 2}) {
@@ -287,6 +303,31 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
     }
   }
   if (p.activation == Activation::tanh) line.compare("dz", got.back(), dz[0]);
+}
+
+// The first and the last `rows` of many have the bits that they have among all, for every number of
+// rows up to two register tiles: each is cut into tiles in its own way.
+template <class T>
+void check_row_counts(Line& line, TableRef table, Random& random, int64_t in, int64_t out) {
+  constexpr int64_t kMost = 27;  // no table's tile has more than 13 rows
+  Problem<T> p = make<T>(random, kMost, in, out, 1);
+  line.begin("every number of rows: " + p.sizes());
+  const std::vector<T> all = forward(table, p, 2)[0];
+  for (int64_t rows = 1; rows < kMost; ++rows) {
+    for (const int64_t first : {int64_t(0), kMost - rows}) {
+      Problem<T> some = p;
+      some.rows = rows;
+      some.x = slice(p.x, first * in, rows * in);
+      some.addend = slice(p.addend, first * out, rows * out);
+      for (const bool packed : {false, true}) {
+        some.packed = packed;
+        line.same_bits(text("rows %lld and following %lld, packed=%d", (long long)first,
+                            (long long)rows, int(packed))
+                           .c_str(),
+                       forward(table, some, 1)[0], slice(all, first * out, rows * out));
+      }
+    }
+  }
 }
 
 // One NaN in x reaches the outputs of its own row and no other.
@@ -370,6 +411,12 @@ void run(TableRef table) {
       if (parts != 1 && !options().quick) {
         check_forward(line, table, make<T>(random, s.rows, s.in, s.out, 1));
       }
+    }
+    check_row_counts<T>(line, table, random, 37, 33);
+    if (!options().quick) {
+      check_row_counts<T>(line, table, random, 1, 7);
+      check_row_counts<T>(line, table, random, 64, 64);
+      check_row_counts<T>(line, table, random, 389, 65);
     }
     check_nan<T>(line, table, random);
     check_tanh<T>(line, table);

@@ -69,6 +69,8 @@ int main(int argc, char** argv) {
     test::test_layer_norm(*info.table);
     test::test_embedding(*info.table);
     test::test_dropout(*info.table);
+    test::test_packing(*info.table);
+    test::test_encoder(*info.table);
   }
   test::tally().context = "main";
   CHECK(ran > 0, "no table was run");

@@ -1,5 +1,6 @@
 // Workspace queries on sizes that no memory holds: they grow with the sizes and answer -1 from
 // where int64 overflows; they never wrap round to a small number.
+#include "core/encoder.h"
 #include "harness.h"
 
 namespace test {
@@ -21,16 +22,13 @@ std::vector<int64_t> growing_sizes() {
   return out;
 }
 
-template <class Args>
-void check_growth(const xlmr::Op<Args>& op, Args args, const char* name,
-                  const std::vector<int64_t Args::*>& grown, const char* which) {
+// query(size) answers the bytes that are needed where `which` is so large.
+template <class Query>
+void check_growth(const Query& query, const char* name, const char* which, bool several) {
   int64_t previous = 0;
   bool overflowed = false;
   for (const int64_t size : growing_sizes()) {
-    for (int64_t Args::* member : grown) args.*member = size;
-    xlmr::ExecContext context;
-    context.num_threads = 3;
-    const int64_t bytes = op.workspace(args, context);
+    const int64_t bytes = query(size);
     // Half: work may be cut differently, but a wrapped product is far away.
     const bool right = bytes == -1 || (!overflowed && bytes >= previous / 2);
     if (!CHECK(right, "%s: %s = %lld needs %lld bytes; the size before answered %lld", name, which,
@@ -42,10 +40,16 @@ void check_growth(const xlmr::Op<Args>& op, Args args, const char* name,
     previous = bytes;
   }
   // Products of several such sizes cannot fit, where the op needs memory that grows at all.
-  if (grown.size() > 1) {
+  if (several) {
     CHECK(overflowed || previous < (1 << 30), "%s: %s of 2^63 - 1 fit into %lld bytes", name, which,
           static_cast<long long>(previous));
   }
+}
+
+xlmr::ExecContext context_of_three() {
+  xlmr::ExecContext context;
+  context.num_threads = 3;
+  return context;
 }
 
 template <class Args>
@@ -54,10 +58,44 @@ void check_op(const xlmr::Op<Args>& op, const Args& args, const char* name,
   if (!selected(name)) return;
   tally().context = std::string("workspace query of ") + name;
   tally().shown = 0;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    check_growth(op, args, name, {sizes[i]}, text("size %zu", i).c_str());
-  }
-  check_growth(op, args, name, sizes, "all sizes");
+  const auto check = [&](const std::vector<int64_t Args::*>& grown, const char* which) {
+    Args large = args;
+    const auto query = [&](int64_t size) {
+      for (int64_t Args::* member : grown) large.*member = size;
+      return op.workspace(large, context_of_three());
+    };
+    check_growth(query, name, which, grown.size() > 1);
+  };
+  for (size_t i = 0; i < sizes.size(); ++i) check({sizes[i]}, text("size %zu", i).c_str());
+  check(sizes, "all sizes");
+}
+
+void check_encoder(TableRef table, xlmr::DType dtype, bool first_only) {
+  if (!selected("encoder")) return;
+  tally().context = "workspace query of encoder_forward";
+  tally().shown = 0;
+  const xlmr::EncoderLayer layer{};
+  xlmr::EncoderForward args{};
+  args.embedding.dtype = dtype;
+  args.embedding.rows = args.embedding.hidden = 17;
+  args.inner = args.num_heads = args.batch = args.max_seqlen = 17;
+  args.num_layers = 1;
+  args.layers = &layer;
+  args.first_only = first_only;
+  const auto check = [&](const std::vector<int>& grown, const char* which) {
+    xlmr::EncoderForward large = args;
+    int64_t* sizes[] = {&large.embedding.rows, &large.embedding.hidden, &large.inner, &large.batch,
+                        &large.max_seqlen};
+    const auto query = [&](int64_t size) {
+      for (int index : grown) *sizes[index] = size;
+      return xlmr::encoder_forward_workspace(table, large, context_of_three());
+    };
+    check_growth(query, "encoder_forward", which, grown.size() > 1);
+  };
+  for (int i = 0; i < 5; ++i) check({i}, text("size %d", i).c_str());
+  check({0, 1, 2, 3, 4}, "all sizes");
+  args.embedding.rows = 0;
+  check({1}, "hidden without rows");
 }
 
 }  // namespace
@@ -88,6 +126,12 @@ void test_workspace(TableRef table) {
                {&xlmr::LinearBackward::rows, &xlmr::LinearBackward::in_features,
                 &xlmr::LinearBackward::out_features});
     }
+    {
+      xlmr::PackWeight args{dtype, 17, 17, data, data};
+      check_op(table.pack_weight, args, "pack_weight",
+               {&xlmr::PackWeight::out_features, &xlmr::PackWeight::in_features});
+    }
+    for (const bool first_only : {false, true}) check_encoder(table, dtype, first_only);
     {
       using Args = xlmr::FeedForwardForward;
       Args args{};

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 PROGRAM = "xlmr-ext"
-_FORMATS = ("csv", "tsv", "jsonl", "txt")
+TEXT_FORMATS = ("csv", "tsv", "jsonl", "txt")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -43,8 +43,10 @@ def add_common(parser: argparse.ArgumentParser, *, threads: Any, seed: Any, debu
     )
 
 
-def add_columns(group: Any, label_default: str | None) -> None:
-    group.add_argument("--text-column", metavar="NAME", default="text", help="holds the texts")
+def add_columns(
+    group: Any, label_default: str | None, formats: Sequence[str] = TEXT_FORMATS
+) -> None:
+    add_text_format(group, formats)
     group.add_argument("--pair-column", metavar="NAME", help="holds the second text of a pair")
     group.add_argument(
         "--label-column",
@@ -52,8 +54,13 @@ def add_columns(group: Any, label_default: str | None) -> None:
         default=label_default,
         help="holds the labels" if label_default else "holds labels to compare with",
     )
+
+
+def add_text_format(group: Any, formats: Sequence[str] = TEXT_FORMATS) -> None:
+    """How the texts lie in files: column, format, encoding."""
+    group.add_argument("--text-column", metavar="NAME", default="text", help="holds the texts")
     group.add_argument(
-        "--input-format", choices=_FORMATS, help="of the files (default: by the suffix)"
+        "--input-format", choices=formats, help="of the files (default: by the suffix)"
     )
     group.add_argument(
         "--encoding-errors",
@@ -74,6 +81,10 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
 
 def count(text: str) -> int:
     return int(_number(text, int, lambda value: value >= 1, "a whole number of at least 1"))
+
+
+def count_or_zero(text: str) -> int:
+    return int(_number(text, int, lambda value: value >= 0, "a whole number of 0 or more"))
 
 
 def seed_number(text: str) -> int:

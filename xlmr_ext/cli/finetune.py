@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from xlmr_ext.cli.arguments import (
-    PROGRAM,
-    above_zero,
-    add_columns,
-    add_hub,
-    count,
-    not_negative,
-    share,
+from xlmr_ext.cli.arguments import PROGRAM, above_zero, add_hub, count, not_negative, share
+from xlmr_ext.cli.console import use_threads
+from xlmr_ext.cli.reporting import as_group, make_folder, report, training_curve
+from xlmr_ext.cli.task_arguments import (
+    add_task,
+    check_format,
+    check_options,
+    load_to_train,
+    read_task_data,
+    shown_metrics,
+    task_options,
 )
-from xlmr_ext.cli.console import hub, input_format, refuse_missing, use_threads
+from xlmr_ext.report import Group
+from xlmr_ext.tasks.registry import TASKS, task_of_file
 
 if TYPE_CHECKING:
-    from xlmr_ext.heads import XLMRobertaForSequenceClassification
-    from xlmr_ext.tokenization import XLMRobertaTokenizer
-    from xlmr_ext.training import EpochRecord
+    from collections.abc import Callable
+
+    from xlmr_ext.training import EpochRecord, FinetuneResult
 
 NAME = "finetune"
-SUMMARY = "train a classifier"
+SUMMARY = "train a model on a task"
 DESCRIPTION = """\
-Fine-tune a classifier and keep the best epoch.
+Fine-tune a model on a task and keep the best epoch.
 
-TRAIN and DEV are files with a column of texts and a column of labels, in UTF-8:
-  .csv    quoted as spreadsheets do, with a header line
-  .tsv    split on tabs and line feeds alone, no quoting, with a header line
-  .jsonl  a JSON object a line
+TRAIN and DEV are UTF-8 files:
+  classification  a column of texts and a column of labels:
+                    .csv    quoted as spreadsheets do, with a header line
+                    .tsv    split on tabs and line feeds alone, no quoting, with a header line
+                    .jsonl  a JSON object a line
+  tokens          .iob2, .conll: a word and its IOB2 tag a line, an empty line after a sentence
+  qa              .json: SQuAD's, version 1.1 or 2.0; .jsonl: question, context, answers
+  choice          .jsonl: context or question or both; choices (a list) or choice0, choice1, ...;
+                  label, the number of the right one from 0
 The labels of TRAIN become the model's, unless the model already has labels that cover them.
 
 Learning rate: linear warm-up, then linear decay to 0, with AdamW. After every epoch the model is
-evaluated on DEV; OUTPUT holds the weights of the best epoch (macro F1, then accuracy), or, without
-DEV, of the latest. OUTPUT is a checkpoint in Hugging Face's layout."""
+evaluated on DEV; OUTPUT holds the weights of the best epoch, or, without DEV, of the latest. The
+best is the one with the highest macro F1, then accuracy (classification); F1 of entities, then
+accuracy of words (tokens); F1 of words, then exact match (qa); accuracy, then lowest loss (choice).
+OUTPUT is a checkpoint in Hugging Face's layout."""
 
 EXAMPLES = """\
 examples:
@@ -46,6 +58,9 @@ examples:
   xlmr-ext finetune --model topics --train more.jsonl --output topics2 --learning-rate 2e-5
   xlmr-ext finetune --model ./checkpoint --train pairs.csv --text-column premise \\
       --pair-column hypothesis --output nli --max-length 256
+  xlmr-ext finetune --model ./checkpoint --train train.iob2 --dev dev.iob2 --output entities
+  xlmr-ext finetune --model ./checkpoint --train squad.json --output answers --epochs 2
+  xlmr-ext finetune --model ./checkpoint --task choice --train copa.jsonl --output choices
 
 A run that does no better than guessing after its warm-up says so, and what to change."""
 
@@ -58,7 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--output", metavar="DIR", required=True, type=Path, help="where the checkpoint goes"
     )
-    add_columns(data, label_default="label")
+    data.add_argument(
+        "--report",
+        metavar="DIR",
+        type=Path,
+        help="write a report of the run here: index.html, charts, metrics.json",
+    )
+    data.add_argument(
+        "--json", action="store_true", help="print a JSON object for every epoch, and for the run"
+    )
+    add_task(
+        parser,
+        data,
+        "by the file: .json is qa, .iob2 and .conll are tokens, the others classification",
+    )
     recipe = parser.add_argument_group("recipe")
     for name, kind, default, text in (
         ("--epochs", count, 5, "passes over TRAIN"),
@@ -67,46 +95,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--warmup-ratio", share, 0.1, "share of the steps that warm up"),
         ("--weight-decay", not_negative, 0.01, "of matrices, not of biases and LayerNorm"),
         ("--max-grad-norm", above_zero, 1.0, "2-norm that a step's gradient is clipped to"),
-        ("--max-length", count, 128, "tokens that a text is cut to"),
         ("--bucket-batches", count, 1, "batches sorted by length together; 1 only shuffles"),
     ):
         recipe.add_argument(name, metavar="N", type=kind, default=default, help=text)
+    recipe.add_argument(
+        "--max-length",
+        metavar="N",
+        type=count,
+        help="tokens that a text is cut to, or that a window has (default: "
+        f"{TASKS['classification'].max_length}, qa {TASKS['qa'].max_length}, less where the model "
+        "takes less)",
+    )
     add_hub(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    train_format = input_format(arguments, str(arguments.train))
-    dev_format = None if arguments.dev is None else input_format(arguments, str(arguments.dev))
+    name: str = arguments.task or task_of_file(arguments.train)
+    check_options(arguments, name)
+    for path in (arguments.train, arguments.dev):
+        if path is not None:
+            check_format(arguments, name, path)
     threads = use_threads(arguments)
-    from xlmr_ext.data import label_list, read_labelled
+    if arguments.report is not None:
+        make_folder(arguments.report)
+    from xlmr_ext.tasks.registry import make_task, task_class
     from xlmr_ext.training import finetune, seed_everything
 
-    columns = {
-        "text_column": arguments.text_column,
-        "label_column": arguments.label_column,
-        "pair_column": arguments.pair_column,
-        "errors": arguments.encoding_errors,
-    }
-    train = read_labelled(arguments.train, format=train_format, **columns)
-    dev = (
-        None
-        if arguments.dev is None
-        else read_labelled(arguments.dev, format=dev_format, **columns)
-    )
+    train = read_task_data(arguments, name, arguments.train)
+    dev = None if arguments.dev is None else read_task_data(arguments, name, arguments.dev)
+    labels = task_class(name).labels_in(train)
     # A new head is drawn while the model is loaded.
     seed_everything(arguments.seed)
-    model, tokenizer, new = _load_to_train(arguments, label_list(train.labels))
-    rows = f"{len(train)} rows to train" + ("" if dev is None else f", {len(dev)} to evaluate")
-    print(
-        f"{rows}, {model.config.num_labels} labels ({'a new' if new else 'the given'} classifier "
-        f"head), {threads} threads",
-        flush=True,
-    )
+    model, tokenizer, new = load_to_train(arguments, name, labels)
+    if not arguments.json:
+        size = f"{len(train)} {TASKS[name].unit} to train"
+        size += "" if dev is None else f", {len(dev)} to evaluate"
+        head = "a new" if new else "the given"
+        head += " classifier head" if name == "classification" else f" head for {name}"
+        head = f"{model.config.num_labels} labels ({head})" if labels else head
+        print(f"{size}, {head}, {threads} threads", flush=True)
     result = finetune(
         model,
         tokenizer,
         train,
         dev=dev,
+        task=make_task(
+            name,
+            model,
+            tokenizer,
+            max_length=arguments.max_length,
+            **task_options(arguments, name),
+        ),
         output_dir=arguments.output,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -114,56 +153,86 @@ def run(arguments: argparse.Namespace) -> int:
         warmup_ratio=arguments.warmup_ratio,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.max_grad_norm,
-        max_length=arguments.max_length,
         seed=arguments.seed,
         bucket_batches=arguments.bucket_batches,
-        on_epoch=lambda record: _print_epoch(record, arguments.epochs),
+        on_epoch=_print_json if arguments.json else _printer(arguments.epochs),
     )
-    print(
-        f"{result.steps} steps in {result.seconds:.1f} s; {arguments.output} holds the weights of "
-        f"epoch {result.best_epoch}\nlabel texts: {PROGRAM} predict --model {arguments.output} "
-        "--input FILE",
-        flush=True,
-    )
+    _print_end(arguments, result)
+    if arguments.report is not None:
+        _report(arguments, result, len(train), None if dev is None else len(dev))
     return 0
 
 
-def _print_epoch(record: EpochRecord, epochs: int) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+def _print_json(record: EpochRecord) -> None:
+    print(json.dumps(record.as_row()), flush=True)
 
-    line = f"epoch {record.epoch}/{epochs}  loss {record.train_loss:.4f}"
-    if record.dev_accuracy is not None and record.dev_macro_f1 is not None:
-        line += f"  dev loss {record.dev_loss:.4f}  dev accuracy {record.dev_accuracy:.1%}"
-        line += f"  dev macro F1 {record.dev_macro_f1:.4f}"
-    tqdm.write(f"{line}  ({record.seconds:.1f} s)", file=sys.stdout)
+
+def _printer(epochs: int) -> Callable[[EpochRecord], None]:
+    def show(record: EpochRecord) -> None:
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+        line = f"epoch {record.epoch}/{epochs}  loss {record.train_loss:.4f}"
+        if record.dev is not None:
+            line += f"  {shown_metrics(record.dev, 'dev ')}"
+        tqdm.write(f"{line}  ({record.seconds:.1f} s)", file=sys.stdout)
+        sys.stdout.flush()
+
+    return show
+
+
+def _print_end(arguments: argparse.Namespace, result: FinetuneResult) -> None:
+    if arguments.json:
+        row = {
+            "task": result.task,
+            "output": str(arguments.output),
+            "best_epoch": result.best_epoch,
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "at_chance": result.at_chance,
+            "labels": result.labels,
+        }
+        print(json.dumps(row), flush=True)
+        return
+    print(
+        f"{result.steps} steps in {result.seconds:.1f} s; {arguments.output} holds the weights of "
+        f"epoch {result.best_epoch}"
+    )
+    what = "label texts" if result.task == "classification" else "run it"
+    print(f"{what}: {PROGRAM} predict --model {arguments.output} --input FILE")
     sys.stdout.flush()
 
 
-def _load_to_train(
-    arguments: argparse.Namespace, labels: list[str]
-) -> tuple[XLMRobertaForSequenceClassification, XLMRobertaTokenizer, bool]:
-    """The model, the tokenizer, and whether the classifier's head starts anew."""
-    from xlmr_ext import (
-        XLMRobertaConfig,
-        XLMRobertaForSequenceClassification,
-        XLMRobertaTokenizer,
+def _report(
+    arguments: argparse.Namespace, result: FinetuneResult, rows: int, dev_rows: int | None
+) -> None:
+    """The best epoch on DEV, or, without it, its training loss; the run's losses and settings."""
+    unit = TASKS[result.task].unit
+    facts = {
+        "model": str(arguments.model),
+        "task": result.task,
+        "train": f"{arguments.train}, {rows} {unit}",
+    }
+    if dev_rows is not None:
+        facts["dev"] = f"{arguments.dev}, {dev_rows} {unit}"
+    facts |= {
+        "best epoch": f"{result.best_epoch} of {arguments.epochs}",
+        "learning rate": f"{arguments.learning_rate:g}",
+        "batch size": str(arguments.batch_size),
+        "seed": str(arguments.seed),
+        "steps": f"{result.steps} in {result.seconds:.1f} s",
+    }
+    if result.at_chance:
+        facts["warning"] = "the run ended as good as guessing"
+    report(
+        arguments.report,
+        title=f"Training of {arguments.output.resolve().name}",
+        task=result.task,
+        groups=[
+            Group("train", rows, {"loss": result.best.train_loss})
+            if result.scores is None
+            else as_group("dev", dev_rows or 0, result.scores)
+        ],
+        labels=result.labels,
+        training=training_curve(result.losses, [record.as_row() for record in result.history]),
+        facts=facts,
     )
-
-    where = hub(arguments)
-    config = XLMRobertaConfig.from_pretrained(arguments.model, **where)
-    own = {str(label) for label in config.id2label.values()}
-    chosen: dict[str, Any] = {}
-    if len(labels) > 1 and not set(labels) <= own:
-        # Other labels than the checkpoint's: its head, if it has one, answers another question.
-        chosen = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,
-        }
-    model, loading = XLMRobertaForSequenceClassification.from_pretrained(
-        arguments.model, output_loading_info=True, **chosen, **where
-    )
-    refuse_missing(arguments.model, loading, "roberta.", "is no XLM-R checkpoint")
-    new = bool(loading["missing_keys"] or loading["mismatched_keys"])
-    return model, XLMRobertaTokenizer.from_pretrained(arguments.model, **where), new

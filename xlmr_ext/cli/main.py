@@ -12,7 +12,18 @@ from typing import Any, Protocol, cast
 
 from xlmr_ext import __version__
 from xlmr_ext.chance import ChanceWarning
-from xlmr_ext.cli import demo, finetune, info, predict
+from xlmr_ext.cli import (
+    convert,
+    demo,
+    embed,
+    finetune,
+    info,
+    predict,
+    similarity,
+    tokenize,
+    zero_shot,
+)
+from xlmr_ext.cli import eval as evaluate
 from xlmr_ext.cli.arguments import PROGRAM, Help, add_common
 from xlmr_ext.cli.console import say
 
@@ -31,11 +42,22 @@ class Command(Protocol):
 
 
 # In the order of --help.
-COMMANDS = {module.NAME: cast(Command, module) for module in (finetune, predict, demo, info)}
+_MODULES = (
+    finetune,
+    predict,
+    evaluate,
+    embed,
+    similarity,
+    zero_shot,
+    convert,
+    tokenize,
+    demo,
+    info,
+)
+COMMANDS = {module.NAME: cast(Command, module) for module in _MODULES}
 
 _DESCRIPTION = """\
-XLM-R on compiled kernels: fine-tune a classifier on text in one language, label text in a
-hundred."""
+XLM-R on compiled kernels: fine-tune on text in one language, label text in a hundred."""
 
 _EXAMPLES = """\
 examples:

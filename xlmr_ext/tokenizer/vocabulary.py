@@ -78,7 +78,7 @@ def _trainer_spec(vocab_size: int) -> bytes:
 def _normalizer_spec(charsmap: bytes) -> bytes:
     """``ModelProto.normalizer_spec`` of XLM-R: NFKC by the compiled map, one leading space."""
     body = (
-        _bytes(1, b"nmt_nfkc")
+        _bytes(1, b"nmt_nfkc" if charsmap else b"identity")
         + _bytes(2, charsmap)
         + _integer(3, 1)  # add_dummy_prefix
         + _integer(4, 1)  # remove_extra_whitespaces
@@ -88,7 +88,12 @@ def _normalizer_spec(charsmap: bytes) -> bytes:
 
 
 def _charsmap(normalizer: Any) -> bytes | None:
-    """The compiled map of a ``Precompiled`` normalizer, alone or in a ``Sequence``, or None."""
+    """The compiled map of a ``Precompiled`` normalizer, alone or in a ``Sequence``, or None.
+
+    Empty where there is no normalizer at all.
+    """
+    if normalizer is None:
+        return b""
     if not isinstance(normalizer, dict):
         return None
     if normalizer.get("type") == "Precompiled":
@@ -134,11 +139,20 @@ def read_vocabulary(tokenizer_json: Path) -> tuple[list[tuple[str, float]], byte
         ):
             raise ValueError(f"{tokenizer_json}: vocab row {index} is {row!r}, not [piece, score]")
         vocabulary.append((row[0], float(row[1])))
+    added = data.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        # Some files have <mask> behind the vocabulary, at the id where others have it inside.
+        if isinstance(token, dict) and (token.get("content"), token.get("id")) == (
+            _MASK,
+            len(vocabulary),
+        ):
+            vocabulary.append((_MASK, 0.0))
     leading = tuple(piece for piece, _ in vocabulary[:4])
-    if leading != _LEADING or vocabulary[-1][0] != _MASK:
+    if leading != _LEADING or model.get("unk_id") != 3 or vocabulary[-1][0] != _MASK:
         raise ValueError(
             f"{tokenizer_json}: not in the order of XLM-R's ids: it begins with {leading} and ends "
-            f"with {vocabulary[-1:]}; expected {_LEADING} and {_MASK!r}"
+            f"with {vocabulary[-1:]}, unk_id {model.get('unk_id')}; expected {_LEADING}, {_MASK!r} "
+            "and 3"
         )
     charsmap = _charsmap(data.get("normalizer"))
     if charsmap is None:

@@ -1,0 +1,232 @@
+"""docs/errors.md against the sources: every message has a row, and every row a message."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "errors.md"
+HOLE = "…"
+
+# Calls that give an error its text although they are no constructor of one.
+MESSENGERS = {
+    "error": "argparse's parser.error: exit code 2",
+    "fail": "the demo's reader of weights puts the file's name before it",
+}
+# Messages that need no row, by their text, each with the reason.
+EXEMPT: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A text that an error may have; what is not literal is a ``HOLE``."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the page; a cell may hold several messages."""
+
+    line: int
+    text: str
+    cause: str
+
+
+# --- The messages of the sources ------------------------------------------------------------------
+
+
+class Module:
+    """The messages of one Python file."""
+
+    def __init__(self, path: Path) -> None:
+        self._where = path.relative_to(ROOT).as_posix()
+        self._tree = ast.parse(path.read_bytes())
+        functions = [n for n in ast.walk(self._tree) if isinstance(n, ast.FunctionDef)]
+        # Functions whose one statement beside the docstring gives a text or an error.
+        self._returned = {
+            function.name: returns[0].value
+            for function in functions
+            if len(returns := [n for n in ast.walk(function) if isinstance(n, ast.Return)]) == 1
+        }
+        self._scopes = [(function, _texts(function)) for function in functions]
+        self._constants = _texts(self._tree, self._tree.body)
+
+    def messages(self) -> Iterator[Message]:
+        """One for every error that is made."""
+        raised = {
+            id(node.exc): node.exc
+            for node in ast.walk(self._tree)
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        }
+        for node in ast.walk(self._tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = _name(node.func)
+            is_error = name.endswith("Error") or name in MESSENGERS
+            # A function's error is made, and found, where it returns it.
+            if is_error or (id(node) in raised and not self._gives_error(name)):
+                first = node.args[0] if node.args else None
+                text = "" if first is None else self._text(first, node, 0)
+                text = re.sub(f"{HOLE}{HOLE}+", HOLE, text)
+                yield Message(f"{self._where}:{node.lineno}", text)
+
+    def _gives_error(self, name: str) -> bool:
+        value = self._returned.get(name)
+        return isinstance(value, ast.Call) and _name(value.func).endswith("Error")
+
+    def _text(self, node: ast.expr, place: ast.AST, depth: int) -> str:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join(self._text(part, place, depth) for part in node.values)
+        if isinstance(node, ast.FormattedValue):
+            return self._text(node.value, place, depth) if node.conversion < 0 else HOLE
+        if isinstance(node, ast.BinOp):
+            return self._text(node.left, place, depth) + self._text(node.right, place, depth)
+        if depth < 3 and isinstance(node, ast.Name):
+            value = self._assigned(node.id, place)
+            return HOLE if value is None else self._text(value, place, depth + 1)
+        if depth < 3 and isinstance(node, ast.Call):
+            value = self._returned.get(_name(node.func))
+            if isinstance(value, ast.JoinedStr):
+                return self._text(value, value, depth + 1)
+        return HOLE
+
+    def _assigned(self, name: str, place: ast.AST) -> ast.expr | None:
+        line = getattr(place, "lineno", 0)
+        for function, texts in reversed(self._scopes):
+            if function.lineno <= line <= (function.end_lineno or 0) and name in texts:
+                return texts[name]
+        return self._constants.get(name)
+
+
+def _texts(scope: ast.AST, body: list[ast.stmt] | None = None) -> dict[str, ast.expr]:
+    """The names of a scope that are assigned once, to a text."""
+    found: dict[str, list[ast.expr | None]] = {}
+    for node in ast.walk(scope) if body is None else body:
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, []).append(node.value)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            found.setdefault(node.target.id, []).append(None)
+        elif isinstance(node, ast.arg):
+            found.setdefault(node.arg, []).append(None)
+    return {
+        name: values[0]
+        for name, values in found.items()
+        if len(values) == 1
+        and (
+            isinstance(values[0], ast.JoinedStr)
+            or (isinstance(values[0], ast.Constant) and isinstance(values[0].value, str))
+        )
+    }
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def native_messages(path: Path) -> Iterator[Message]:
+    """Those of the C++ that Python sees."""
+    source = path.read_text("utf-8")
+    for match in re.finditer(r"throw std::\w+\((.*?)\);", source, re.DOTALL):
+        pieces = re.split(r'"((?:[^"\\]|\\.)*)"', match[1])
+        text = "".join(
+            piece if index % 2 else HOLE if re.search(r"\w", piece) else ""
+            for index, piece in enumerate(pieces)
+        )
+        line = source.count("\n", 0, match.start()) + 1
+        yield Message(f"{path.relative_to(ROOT).as_posix()}:{line}", text)
+
+
+@cache
+def all_messages() -> list[Message]:
+    found = [
+        message
+        for path in sorted((ROOT / "xlmr_ext").rglob("*.py"))
+        for message in Module(path).messages()
+    ]
+    for path in sorted((ROOT / "csrc").rglob("*.cpp")):
+        found += native_messages(path)
+    # Without a letter it hands on another message, with a place before it.
+    return [message for message in found if re.search(r"[a-z]", message.text)]
+
+
+# --- The rows of the page -------------------------------------------------------------------------
+
+
+@cache
+def all_rows() -> list[Row]:
+    rows = []
+    for number, line in enumerate(PAGE.read_text("utf-8").splitlines(), 1):
+        if not line.startswith("| `"):
+            continue
+        cells = line.strip("| ").split(" | ")
+        assert len(cells) == 2, f"{PAGE.name}:{number}: expected a message and its cause"
+        texts = re.findall(r"`([^`]+)`", cells[0])
+        assert cells[0] == " ".join(f"`{text}`" for text in texts), f"{PAGE.name}:{number}"
+        rows += [Row(number, text, cells[1]) for text in texts]
+    return rows
+
+
+def pattern(row: str) -> re.Pattern[str]:
+    """What a row stands for: the whole message, or its beginning where it ends with "word…".
+
+    A hole of the row is one word of the message, a hole or not. A message may begin with a place,
+    which ends with a colon and holds a hole.
+    """
+    is_cut = re.search(rf"[^ ]{HOLE}$", row) is not None
+    words = r"[^ ]+".join(map(re.escape, row.removesuffix(HOLE).split(HOLE)))
+    place = rf"(?:[^ ]*{HOLE}[^ ]*(?:, line {HOLE})?: )*"
+    end = ".*" if is_cut else r"[^a-z]+" if row.endswith(HOLE) else ""
+    return re.compile(place + words + end, re.DOTALL)
+
+
+def test_sources_are_read() -> None:
+    """The messages are those that stand in the sources, whatever makes them."""
+    texts = {message.text for message in all_messages()}
+    for expected in (
+        "the word embeddings are no Embedding but …",  # raise Error(f"...")
+        "… has no rows",
+        'return_tensors="…": the rows of … have … different lengths, so they form no tensor; pass '
+        "padding=True (and truncation=True)",  # raise function(...)
+        "the vocabulary's offsets leave its text",  # raise reader.fail(...)
+        "npy needs --output FILE: its head is written last",  # parser.error(...)
+        "inputs_embeds requires a gradient; its encoder was packed by optimize_for_inference(); "
+        "load the checkpoint again",  # a constant of the module
+        "the hub model … has no file …",  # a variable of the function
+        "XLMR_EXT_ISA=…: this processor has no …",  # C++
+        "stopped after … rows were written",  # no ...Error
+    ):
+        assert expected in texts
+    assert len(all_messages()) > 500
+
+
+def test_every_message_has_a_row() -> None:
+    patterns = [pattern(row.text) for row in all_rows()]
+    missing = [
+        f"{message.where}: {message.text}"
+        for message in all_messages()
+        if not any(found.fullmatch(message.text) for found in patterns)
+    ]
+    assert not missing, f"no row in {PAGE.name} for\n" + "\n".join(missing)
+
+
+def test_every_row_has_a_message() -> None:
+    texts = {message.text for message in all_messages()}
+    stale = [
+        f"{PAGE.name}:{row.line}: {row.text}"
+        for row in all_rows()
+        if not any(map(pattern(row.text).fullmatch, texts))
+    ]
+    assert not stale, "no message of the sources is\n" + "\n".join(stale)

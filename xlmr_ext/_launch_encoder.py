@@ -1,0 +1,233 @@
+"""The door to the frozen encoder's native code; with ``_launch.py`` the only users of ``_C``.
+
+Weights are packed once into a layout that belongs to a kernel table; a call then runs the whole
+encoder without Python between its layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlmr_ext import _C
+from xlmr_ext._checks import (
+    FEED_FORWARD_ACTIVATIONS,
+    MAX_HEAD_SIZE,
+    check_activation,
+    check_cu_seqlens,
+    check_positive,
+    check_rank2,
+    check_tensor,
+    dtype_code,
+)
+from xlmr_ext._launch import _call, _EmbeddingInputs, _ptr
+
+_NO_DROPOUT = (0.0, 0, 0)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [out, in] as one kernel table reads it.
+
+    Attributes:
+        data: uint8, the table's own layout.
+        table: name of the table.
+    """
+
+    data: Tensor
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    table: str
+
+
+def pack_weight(weight: Tensor) -> PackedWeight:
+    """Packs a weight [out, in] of float32 or float64 for the table in use."""
+    op = "pack_weight"
+    out_features, in_features = check_rank2(op, "weight", weight)
+    check_positive(op, out_features=out_features, in_features=in_features)
+    code = dtype_code(op, "weight", weight)
+    weight = weight.detach().contiguous()
+    data = torch.empty(_C.packed_bytes(code, out_features, in_features), dtype=torch.uint8)
+    _call(_C.pack_weight, code, out_features, in_features, _ptr(weight), _ptr(data))
+    return PackedWeight(data, out_features, in_features, weight.dtype, _C.table_name())
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One layer's weights, in the order of ``csrc/core/encoder.h``; vectors are plain tensors.
+
+    Query, key and value are one weight of three parts, or the query stands alone: a layer of the
+    second kind can go on with the first tokens of the sequences alone.
+    """
+
+    query_key_value: PackedWeight | None
+    query: PackedWeight | None
+    key_value: PackedWeight | None
+    query_key_value_bias: Tensor | None
+    attention_output: PackedWeight
+    attention_output_bias: Tensor | None
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    up: PackedWeight
+    up_bias: Tensor | None
+    down: PackedWeight
+    down_bias: Tensor | None
+    output_norm_weight: Tensor
+    output_norm_bias: Tensor
+
+
+def _as_packed(name: str, value: object) -> PackedWeight:
+    if not isinstance(value, PackedWeight):
+        raise TypeError(f"encoder: {name} is {type(value).__name__}; expected a PackedWeight")
+    return value
+
+
+class PackedEncoder:
+    """Checked layers of one encoder, ready to be called. It keeps their tensors alive.
+
+    Raises:
+        TypeError: something else than a packed weight, or than a tensor of their dtype.
+        ValueError: sizes that do not fit together, or weights packed for another table.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[PackedLayer],
+        hidden: int,
+        inner: int,
+        num_heads: int,
+        activation: str,
+    ) -> None:
+        op = "encoder"
+        check_positive(op, hidden=hidden, inner=inner, num_heads=num_heads, layers=len(layers))
+        if hidden % num_heads or hidden // num_heads > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"{op}: {num_heads} heads do not divide {hidden} features into heads of at most "
+                f"{MAX_HEAD_SIZE}"
+            )
+        self.hidden, self.inner, self.num_heads = hidden, inner, num_heads
+        self.activation = check_activation(op, activation, FEED_FORWARD_ACTIVATIONS)
+        self.layers = tuple(layers)
+        self.table = _C.table_name()
+        self.dtype = _as_packed("layer 0: up", self.layers[0].up).dtype
+        shapes = {
+            "query_key_value": (3 * hidden, hidden),
+            "query": (hidden, hidden),
+            "key_value": (2 * hidden, hidden),
+            "query_key_value_bias": (3 * hidden,),
+            "attention_output": (hidden, hidden),
+            "up": (inner, hidden),
+            "up_bias": (inner,),
+            "down": (hidden, inner),
+        }
+        for number, layer in enumerate(self.layers):
+            for field in fields(layer):
+                value = getattr(layer, field.name)
+                if value is None and str(field.type).endswith("None"):
+                    continue
+                name = f"layer {number}: {field.name}"
+                shape = shapes.get(field.name, (hidden,))
+                if len(shape) == 2:
+                    self._check_packed(name, _as_packed(name, value), shape)
+                    continue
+                check_tensor(op, name, value, shape, self.dtype)
+                if not value.is_contiguous():
+                    raise ValueError(f"{op}: {name} is not contiguous")
+            if (layer.query_key_value is None) == (layer.query is None) or (
+                (layer.query is None) != (layer.key_value is None)
+            ):
+                raise ValueError(
+                    f"{op}: layer {number} needs query_key_value, or query and key_value"
+                )
+        self._addresses = self._find_addresses()
+
+    def _find_addresses(self) -> list[list[int]]:
+        return [
+            [
+                _ptr(value.data if isinstance(value, PackedWeight) else value)
+                for value in (getattr(layer, field.name) for field in fields(layer))
+            ]
+            for layer in self.layers
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_addresses"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has tensors of its own.
+        self.__dict__.update(state)
+        self._addresses = self._find_addresses()
+
+    def _check_packed(self, name: str, weight: PackedWeight, shape: tuple[int, ...]) -> None:
+        if (weight.out_features, weight.in_features) != shape:
+            raise ValueError(
+                f"encoder: {name} is [{weight.out_features}, {weight.in_features}]; expected "
+                f"{list(shape)}"
+            )
+        if (weight.dtype, weight.table) != (self.dtype, self.table):
+            raise ValueError(
+                f"encoder: {name} is {weight.dtype} packed for {weight.table}; expected "
+                f"{self.dtype} for {self.table}"
+            )
+        code = dtype_code("encoder", name, torch.empty(0, dtype=weight.dtype))
+        size = _C.packed_bytes(code, *shape)
+        check_tensor("encoder", f"{name}'s data", weight.data, (size,), torch.uint8)
+        if not weight.data.is_contiguous() or _ptr(weight.data) % weight.dtype.itemsize:
+            raise ValueError(f"encoder: {name}'s data is not contiguous and aligned")
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None,
+        word: Tensor | None,
+        position: Tensor,
+        token_type: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        first_only: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> the last hidden states [N, hidden] (with ``first_only`` [B, hidden], those of each
+        sequence's first token, 0 where it has none), and with ``keep`` every layer's input
+        [layers, N, hidden]."""
+        op = "encoder"
+        if _C.table_name() != self.table:
+            raise RuntimeError(
+                f"{op}: its weights are packed for the table {self.table}, {_C.table_name()} is "
+                "in use"
+            )
+        if first_only and self.layers[-1].query is None:
+            raise ValueError(f"{op}: first_only needs a last layer whose query stands alone")
+        inputs = _EmbeddingInputs(
+            op, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type,
+            norm_weight,
+        )  # fmt: skip
+        if inputs.hidden != self.hidden or inputs.dtype != self.dtype:
+            raise ValueError(
+                f"{op}: embeddings of {inputs.hidden} features in {inputs.dtype}; expected "
+                f"{self.hidden} in {self.dtype}"
+            )
+        check_tensor(op, "norm_bias", norm_bias, (self.hidden,), self.dtype)
+        cu_seqlens = check_cu_seqlens(op, cu_seqlens, inputs.rows, max_seqlen)
+        norm_bias = norm_bias.contiguous()
+        batch = cu_seqlens.shape[0] - 1
+        y = position.new_empty((batch if first_only else inputs.rows, self.hidden))
+        states = position.new_empty((len(self.layers), inputs.rows, self.hidden)) if keep else None
+        code, rows, hidden, _, _, _, *tables = inputs.native(_NO_DROPOUT)
+        _call(
+            _C.encoder_forward, code, self.activation, rows, hidden, self.inner, self.num_heads,
+            batch, max_seqlen, _ptr(cu_seqlens), 1.0 / math.sqrt(hidden // self.num_heads), eps,
+            *tables, _ptr(norm_bias), self._addresses, first_only, _ptr(y), _ptr(states),
+        )  # fmt: skip
+        return y, states

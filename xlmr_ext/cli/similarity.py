@@ -1,0 +1,208 @@
+"""``xlmr-ext similarity``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from xlmr_ext.cli.arguments import add_hub, add_text_format, count
+from xlmr_ext.cli.console import use_threads
+from xlmr_ext.cli.embed import add_encoder, encode, load_encoder
+from xlmr_ext.cli.inputs import Texts, one_line, read_sources, sources, to_bytes
+
+if TYPE_CHECKING:
+    from xlmr_ext.tasks.embeddings import SentenceEncoder
+
+NAME = "similarity"
+SUMMARY = "compare texts by meaning"
+DESCRIPTION = """\
+Compare texts by the similarity of their vectors (see `xlmr-ext embed --help`).
+
+  TEXT TEXT ...                    each text with each later one
+  --input FILE                     the same for the texts of a file
+  --input FILE --pair-column NAME  the two texts of each row, in constant memory
+  --queries FILE --corpus FILE     the texts of CORPUS nearest to each of QUERIES; of CORPUS only
+                                   the nearest are kept in memory
+
+Output is tab-separated with a header line; tabs and line breaks in a text become spaces. Rows are
+numbered from 1. With --json: one object for texts compared with each other, else a line for each
+row or query."""
+
+EXAMPLES = """\
+examples:
+  xlmr-ext similarity --model ./encoder "The train is late." "Der Zug hat Verspätung."
+  xlmr-ext similarity --model ./encoder --input pairs.csv --text-column en --pair-column de
+  xlmr-ext similarity --model intfloat/multilingual-e5-small --queries q.txt --corpus docs.txt \\
+      --prefix "query: " --corpus-prefix "passage: " --top-k 5"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("texts", metavar="TEXT", nargs="*", help="texts to compare")
+    data.add_argument("--model", metavar="DIR", required=True, help="directory or hub name")
+    data.add_argument("--input", metavar="FILE", help="texts to compare; - is standard input")
+    data.add_argument("--queries", metavar="FILE", help="texts to find the nearest of")
+    data.add_argument("--corpus", metavar="FILE", help="texts to look among")
+    add_text_format(data)
+    data.add_argument("--pair-column", metavar="NAME", help="holds the second text of a pair")
+    data.add_argument("--top-k", metavar="N", type=count, default=10, help="nearest a query")
+    data.add_argument(
+        "--measure", choices=("cosine", "dot"), help="(default: what the folder says, else cosine)"
+    )
+    data.add_argument("--json", action="store_true", help="for programs")
+    add_encoder(parser)
+    group = parser.add_argument_group("vectors of the corpus, where they differ")
+    group.add_argument("--corpus-prefix", metavar="TEXT", help="instead of --prefix")
+    group.add_argument("--corpus-prompt-name", metavar="NAME", help="instead of --prompt-name")
+    add_hub(parser)
+    parser.set_defaults(label_column=None, output=None)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    search = arguments.queries is not None or arguments.corpus is not None
+    ways = [bool(arguments.texts), arguments.input is not None, search]
+    if sum(ways) != 1:
+        arguments.parser.error("give texts, --input, or --queries with --corpus")
+    if search:
+        if arguments.queries is None or arguments.corpus is None:
+            arguments.parser.error("--queries and --corpus belong together")
+        if arguments.queries == arguments.corpus == "-":
+            arguments.parser.error("standard input can be --queries or --corpus, not both")
+    elif arguments.corpus_prefix is not None or arguments.corpus_prompt_name is not None:
+        arguments.parser.error("--corpus-prefix and --corpus-prompt-name belong to --corpus")
+    if arguments.pair_column is not None and arguments.input is None:
+        arguments.parser.error("--pair-column belongs to --input")
+    if len(arguments.texts) == 1:
+        arguments.parser.error("one text has nothing to be compared with")
+    paths = [path for path in (arguments.input, arguments.queries, arguments.corpus) if path]
+    inputs = sources(arguments, paths)
+    use_threads(arguments)
+    encoder = load_encoder(arguments)
+    measure = arguments.measure or encoder.similarity_name
+    if search:
+        _search(arguments, encoder, measure, *(Texts(arguments, [source]) for source in inputs))
+    elif arguments.pair_column is not None:
+        _pairs(arguments, encoder, measure, inputs)
+    else:
+        _matrix(arguments, encoder, measure, arguments.texts or Texts(arguments, inputs))
+    sys.stdout.buffer.flush()
+    return 0
+
+
+def _encode(
+    arguments: argparse.Namespace, encoder: SentenceEncoder, texts: Any, *, corpus: bool = False
+) -> Iterator[tuple[str, Any]]:
+    prefix, name = arguments.prefix, arguments.prompt_name
+    if corpus and (arguments.corpus_prefix is not None or arguments.corpus_prompt_name is not None):
+        prefix, name = arguments.corpus_prefix, arguments.corpus_prompt_name
+    return encode(
+        encoder, texts, arguments, prefix=prefix, prompt_name=name, window=arguments.window
+    )
+
+
+def _matrix(
+    arguments: argparse.Namespace, encoder: SentenceEncoder, measure: str, texts: Any
+) -> None:
+    """Each text with each later one; a matrix of all for programs."""
+    import numpy as np
+
+    from xlmr_ext.tasks.embeddings import similarity
+
+    found = list(_encode(arguments, encoder, texts))
+    if isinstance(texts, Texts):
+        texts.finish(0)
+    names = [text for text, _ in found]
+    vectors = np.array([vector for _, vector in found], np.float32)
+    vectors = vectors.reshape(len(found), encoder.dimension)
+    if not arguments.json:
+        _write("score\trow\ttext\tother row\tother text")
+        for row, text in enumerate(names):
+            scores = similarity(vectors[row], vectors[row + 1 :], measure)[0]
+            for other, score in enumerate(scores.tolist(), row + 1):
+                _write(_cells(score, row + 1, text, other + 1, names[other]))
+        return
+    _write(f'{{"texts": {json.dumps(names, ensure_ascii=False)}, "scores": [', end="")
+    for row in range(len(names)):
+        scores = similarity(vectors[row], vectors, measure)[0]
+        shown = ", ".join(f"{score:.6f}" for score in scores.tolist())
+        _write(f"{', ' if row else ''}[{shown}]", end="")
+    _write("]}")
+
+
+def _pairs(
+    arguments: argparse.Namespace, encoder: SentenceEncoder, measure: str, inputs: list[Any]
+) -> None:
+    """The two texts of each row."""
+    from xlmr_ext.tasks.embeddings import pairwise_similarity
+
+    def texts() -> Iterator[str]:
+        for row in read_sources(arguments, inputs):
+            yield row.text
+            yield row.pair or ""
+
+    if not arguments.json:
+        _write("score\ttext\tpair")
+    rows = _encode(arguments, encoder, texts())
+    for (text, first), (pair, second) in zip(rows, rows, strict=False):
+        score = float(pairwise_similarity(first, second, measure)[0])
+        if arguments.json:
+            _write(_json({"text": text, "pair": pair, "score": round(score, 6)}))
+        else:
+            _write(_cells(score, text, pair))
+
+
+def _search(
+    arguments: argparse.Namespace,
+    encoder: SentenceEncoder,
+    measure: str,
+    queries: Texts,
+    corpus: Texts,
+) -> None:
+    """The nearest texts of the corpus to each query."""
+    import numpy as np
+
+    from xlmr_ext.tasks.embeddings import Nearest
+
+    asked = list(_encode(arguments, encoder, queries))
+    queries.finish(0)
+    if not asked:
+        raise ValueError(f"{arguments.queries} has no texts")
+    nearest = Nearest([vector for _, vector in asked], arguments.top_k, measure)
+    texts: dict[int, str] = {}
+    rows = _encode(arguments, encoder, corpus, corpus=True)
+    while block := list(islice(rows, arguments.window)):
+        texts.update(enumerate((text for text, _ in block), nearest.count))
+        nearest.add([vector for _, vector in block])
+        texts = {int(row): texts[int(row)] for row in np.unique(nearest.rows)}
+    corpus.finish(0)
+    if not arguments.json:
+        _write("query\trank\tscore\trow\ttext")
+    for (query, _), near, scores in zip(
+        asked, nearest.rows.tolist(), nearest.scores.tolist(), strict=True
+    ):
+        results = [
+            {"row": row + 1, "score": round(score, 6), "text": texts[row]}
+            for row, score in zip(near, scores, strict=True)
+        ]
+        if arguments.json:
+            _write(_json({"query": query, "results": results}))
+            continue
+        for rank, result in enumerate(results, 1):
+            cells = (rank, f"{result['score']:.6f}", result["row"], one_line(result["text"]))
+            _write("\t".join([one_line(query), *map(str, cells)]))
+
+
+def _cells(score: float, *rest: str | int) -> str:
+    return "\t".join([f"{score:.6f}", *(one_line(str(cell)) for cell in rest)])
+
+
+def _json(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _write(line: str, end: str = "\n") -> None:
+    sys.stdout.buffer.write(to_bytes(line + end))

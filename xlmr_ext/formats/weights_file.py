@@ -1,0 +1,214 @@
+"""Entries of weights wherever they lie: one safetensors file, a torch file, several, or a dict.
+
+A reader knows names, shapes and types, and gives a tensor when asked for it; nothing here knows
+a model.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xlmr_ext.formats.torch_file import read_torch_file
+
+__all__ = [
+    "FILE_DTYPES",
+    "SafetensorsFile",
+    "TensorDict",
+    "WeightsFile",
+    "open_safetensors",
+    "open_torch_weights",
+    "refuse_duplicates",
+]
+
+FILE_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
+# 200 bytes a tensor are usual, 800 tensors are many.
+_MAX_HEADER_BYTES = 2**24
+
+
+class WeightsFile(Protocol):
+    """Named tensors that are read one by one."""
+
+    @property
+    def path(self) -> Path:
+        """The file that stands for all entries, in messages."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every entry."""
+        ...
+
+    def file_of(self, key: str) -> Path:
+        """The file that holds an entry."""
+        ...
+
+    def dtype(self, key: str) -> str:
+        """Type of an entry, as safetensors calls it (see FILE_DTYPES) where that has a name."""
+        ...
+
+    def read(self, key: str) -> Tensor:
+        """The tensor on the CPU, contiguous; its memory is no other entry's, and may be mapped."""
+        ...
+
+
+class SafetensorsFile:
+    """One safetensors file, mapped into memory.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a usable safetensors file; the message names it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle = open_safetensors(path)
+        slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118
+        self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+        self._dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        self.data_bytes = path.stat().st_size - 8 - header
+
+    def file_of(self, key: str) -> Path:
+        return self.path
+
+    def dtype(self, key: str) -> str:
+        return self._dtypes[key]
+
+    def read(self, key: str) -> Tensor:
+        tensor: Tensor = self._handle.get_tensor(key)
+        return tensor
+
+
+class TensorDict:
+    """Tensors of one dict, such as a torch file holds or ``model.state_dict()`` gives.
+
+    Args:
+        entries: the dict.
+        path: where it is from, for messages.
+        copy: never hand out the dict's own memory.
+
+    Raises:
+        TypeError, ValueError: an entry is not a plain tensor with a name; the message names it.
+    """
+
+    def __init__(self, entries: object, path: Path, *, copy: bool = False) -> None:
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"{path}: expected names and tensors, found {type(entries).__name__}")
+        for key, entry in entries.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{path}: an entry's name is {type(key).__name__}, not a string")
+            if not isinstance(entry, Tensor):
+                raise ValueError(
+                    f"{path}: {key} is {type(entry).__name__}; expected nothing but tensors"
+                )
+            if entry.layout is not torch.strided or entry.is_quantized or entry.is_meta:
+                raise ValueError(f"{path}: {key} is not a dense tensor with data")
+        self.path = path
+        self.shapes = {key: tuple(entry.shape) for key, entry in entries.items()}
+        self._entries: Mapping[str, Tensor] = entries
+        self._copy = copy
+        self._taken: list[tuple[int, int]] = []  # addresses that were handed out, in order
+
+    def file_of(self, key: str) -> Path:
+        return self.path
+
+    def dtype(self, key: str) -> str:
+        dtype = self._entries[key].dtype
+        return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+    def read(self, key: str) -> Tensor:
+        entry = self._entries[key].detach().cpu()
+        tensor = entry.contiguous()
+        if self._copy or not self._take(tensor):
+            return tensor.clone()
+        return tensor
+
+    def _take(self, tensor: Tensor) -> bool:
+        """Whether no part of the memory was handed out before; it is from now on."""
+        start = tensor.data_ptr()
+        end = start + tensor.numel() * tensor.element_size()
+        place = bisect.bisect(self._taken, (start, end))
+        before = self._taken[place - 1][1] if place else 0
+        after = self._taken[place][0] if place < len(self._taken) else end
+        if before > start or after < end:
+            return False
+        self._taken.insert(place, (start, end))
+        return True
+
+
+def open_torch_weights(path: Path) -> TensorDict:
+    """The entries of a ``pytorch_model.bin``, mapped into memory where its format allows.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it asks for code, is damaged or of another layout; the message names it.
+    """
+    entries = read_torch_file(path)
+    if isinstance(entries, Mapping) and any(isinstance(v, Mapping) for v in entries.values()):
+        listed = ", ".join(map(str, list(entries)[:6]))
+        raise ValueError(
+            f"{path}: expected names and tensors, found a checkpoint with the parts {listed} "
+            "(of fairseq: see xlmr-ext convert)"
+        )
+    weights = TensorDict(entries, path)
+    _check_extent(path, entries)
+    return weights
+
+
+def _check_extent(path: Path, entries: Mapping[str, Tensor]) -> None:
+    """A tensor of a mapped archive could otherwise run on into what follows its own part."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        there = sum(i.file_size for i in archive.infolist() if "/data/" in i.filename)
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in entries.values())}
+    announced = sum(storages.values())
+    if announced != there:
+        raise ValueError(f"{path}: announces {announced} bytes of tensors and holds {there}")
+
+
+def open_safetensors(path: Path) -> Any:
+    """``safetensors.safe_open``; whatever is wrong with the header ends here as a ValueError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8:
+            raise ValueError(f"{path}: not a safetensors file: it has {size} bytes")
+        if head == b"version ":
+            raise ValueError(f"{path}: a Git LFS pointer, not the file itself (git lfs pull)")
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{path}: not a whole safetensors file: it announces a header of {length} bytes "
+                f"and has {size} bytes in all"
+            )
+        header = file.read(length)
+    try:
+        json.loads(header, object_pairs_hook=refuse_duplicates)
+        return safe_open(path, framework="pt")
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a usable safetensors file: {error}") from None
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of json: a name that comes twice has no single meaning."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("it names an entry twice")
+    return result

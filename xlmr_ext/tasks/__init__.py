@@ -1,0 +1,1 @@
+"""What models are used for: each task with its features, its loss and what a user calls."""

@@ -1,0 +1,1 @@
+"""What the tokenizer of ``xlmr_ext.tokenization`` is made of."""
