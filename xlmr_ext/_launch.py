@@ -517,7 +517,8 @@ class _EmbeddingInputs:
         check_tensor(op, "token_type", token_type, (types, self.hidden), self.dtype)
         check_tensor(op, "weight", weight, (self.hidden,), self.dtype)
         if not isinstance(position_ids, Tensor) or position_ids.dim() != 1:
-            raise ValueError(f"{op}: position_ids is not one-dimensional")
+            came = list(position_ids.shape) if isinstance(position_ids, Tensor) else position_ids
+            raise ValueError(f"{op}: position_ids has shape {came}; expected one dimension")
         self.rows = position_ids.shape[0]
         # Kept alive until the call is over.
         self.position_ids = check_indices(op, "position_ids", position_ids, self.rows, positions)
@@ -527,7 +528,7 @@ class _EmbeddingInputs:
                 op, "token_type_ids", token_type_ids, self.rows, types
             )
         elif types < 1:
-            raise ValueError(f"{op}: token_type has no rows")
+            raise ValueError(f"{op}: token_type has no rows; expected at least 1")
         self.input_ids = self.inputs_embeds = self.word = None
         if word is not None:
             words = check_rank2(op, "word", word)[0]

@@ -119,7 +119,10 @@ def convert_checkpoint(
         model, tokenizer, notes = _read_fairseq(path, head, wanted)
     else:
         if head is not None and to == "hf":
-            raise ValueError("head names a head of a fairseq checkpoint; there is none on any side")
+            raise ValueError(
+                f"head is {head!r}; it names a head of a fairseq checkpoint, and neither the "
+                "source nor the output is one"
+            )
         model, tokenizer, notes = _read_hugging_face(str(source), wanted, dict(hub or {}))
 
     def write_hf(folder: Path) -> None:

@@ -325,6 +325,8 @@ def _locate(name_or_path: str | os.PathLike[str], subfolder: str = "") -> tuple[
     if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
         raise ValueError(f"subfolder must name a folder within the model, got {subfolder!r}")
     name = os.fspath(name_or_path)
+    if not name:
+        raise ValueError("name_or_path is empty; expected a directory or a hub name")
     path = Path(name).expanduser()
     if path.is_dir():
         folder = path / subfolder

@@ -51,7 +51,9 @@ def label_tables(
     if label2id is not None:
         inverse = {_label_index(index): str(label) for label, index in label2id.items()}
         if len(inverse) != len(label2id):
-            raise ValueError("label2id gives two labels the same number")
+            numbers = [_label_index(index) for index in label2id.values()]
+            shared = next(number for number in numbers if numbers.count(number) > 1)
+            raise ValueError(f"label2id gives two labels the number {shared}")
     if id2label is not None:
         table = {_label_index(index): str(label) for index, label in id2label.items()}
         if inverse is not None and inverse != table:

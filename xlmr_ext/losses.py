@@ -107,7 +107,10 @@ def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
         )
         if bool(lost.any()):
             row = int(lost.nonzero()[0])
-            raise ValueError(f"{name}[{row}] is {int(targets[row])}, where the text is masked")
+            raise ValueError(
+                f"{name}[{row}] is {int(targets[row])}, where the text is masked; expected a token "
+                "of the text"
+            )
     return F.cross_entropy(logits, targets, ignore_index=length)
 
 

@@ -168,5 +168,7 @@ def _word_embeddings(model: PreTrainedModel) -> torch.nn.Embedding:
 
 def _parameter(embedding: torch.nn.Embedding) -> torch.nn.Parameter:
     if not isinstance(embedding.weight, torch.nn.Parameter):
-        raise TypeError(f"the word embeddings are no parameter but {type(embedding.weight)}")
+        raise TypeError(
+            f"the word embeddings are no parameter but {type(embedding.weight).__name__}"
+        )
     return embedding.weight

@@ -204,7 +204,9 @@ class PreTrainedModel(ModelSurface):
         if isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(config, **hub)
         elif not isinstance(config, XLMRobertaConfig):
-            raise TypeError(f"config must be an XLMRobertaConfig or a path, got {type(config)}")
+            raise TypeError(
+                f"config must be an XLMRobertaConfig or a path, got {type(config).__name__}"
+            )
         return config, beside if isinstance(beside, Mapping) else {}, weights_hub
 
     @classmethod

@@ -17,7 +17,7 @@ from xlmr_ext.files import staging
 LOG_NAME = "xlmr_ext_training.json"
 
 # Of another checkpoint, these would be taken for parts of the new one, or come before them.
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_WEIGHTS = re.compile(r"model((-\d+)+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class SaveError(RuntimeError):

@@ -11,11 +11,8 @@ import sys
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import (
-    XLMRobertaForSequenceClassification,
-    XLMRobertaTokenizer,
-    get_linear_schedule_with_warmup,
-)
+from transformers import XLMRobertaForSequenceClassification, XLMRobertaTokenizer
+from transformers import get_linear_schedule_with_warmup
 
 
 def read(path):

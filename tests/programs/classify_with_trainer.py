@@ -11,14 +11,8 @@ import sys
 
 import numpy as np
 import torch
-from transformers import (
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    XLMRobertaForSequenceClassification,
-    XLMRobertaTokenizer,
-    set_seed,
-)
+from transformers import XLMRobertaForSequenceClassification, XLMRobertaTokenizer
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 
 class Sentences(torch.utils.data.Dataset):

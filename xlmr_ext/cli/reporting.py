@@ -80,7 +80,7 @@ def training_curve(
     dev = [row["dev_loss"] for row in epochs if row.get("dev_loss") is not None]
     columns = [losses, [row["train_loss"] for row in epochs], dev]
     if not all(math.isfinite(value) for column in columns for value in column):
-        raise ValueError("a loss is not finite")
+        raise ValueError("a loss of a step or an epoch is not finite")
     ends = [int(row["step"]) for row in epochs]
     if not losses or not ends:
         return None

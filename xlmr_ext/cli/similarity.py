@@ -170,7 +170,8 @@ def _search(
     asked = list(_encode(arguments, encoder, queries))
     queries.finish(0)
     if not asked:
-        raise ValueError(f"{arguments.queries} has no texts")
+        name = "standard input" if arguments.queries == "-" else arguments.queries
+        raise ValueError(f"{name} has no texts")
     nearest = Nearest([vector for _, vector in asked], arguments.top_k, measure)
     texts: dict[int, str] = {}
     rows = _encode(arguments, encoder, corpus, corpus=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from xlmr_ext.cli.arguments import add_hub, add_text_format, count
 from xlmr_ext.cli.console import hub
-from xlmr_ext.cli.inputs import Source, add_input, interactive, read_sources, sources, to_bytes
+from xlmr_ext.cli.inputs import Rows, add_input, interactive, read_sources, sources, to_bytes
 
 if TYPE_CHECKING:
     from xlmr_ext.data import Row
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from xlmr_ext.tokenization import XLMRobertaTokenizer
 
     tokenizer = XLMRobertaTokenizer.from_pretrained(arguments.model, **hub(arguments))
-    rows = _Rows(arguments, inputs)
+    rows: Rows[Row] = Rows(read_sources(arguments, inputs))
     size = 1 if interactive(arguments.input) else _WINDOW
     written = 0
     with ExitStack() as stack:
@@ -84,25 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
                 output.write(to_bytes(line + "\n"))
             written += len(window)
             output.flush()
-    if rows.error is not None:
-        raise ValueError(f"{rows.error}; the {written} rows before it were written")
+    rows.finish(written)
     return 0
-
-
-class _Rows:
-    """The rows of the inputs, up to one that cannot be read."""
-
-    def __init__(self, arguments: argparse.Namespace, inputs: list[Source]) -> None:
-        self.error: ValueError | None = None
-        self._rows = read_sources(arguments, inputs)
-
-    def __iter__(self) -> Iterator[Row]:
-        from xlmr_ext.data import DataError
-
-        try:
-            yield from self._rows
-        except DataError as error:
-            self.error = error
 
 
 def _lines(

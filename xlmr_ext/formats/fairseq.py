@@ -283,7 +283,9 @@ def _config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         )
     layers = sorted({int(name.split(".")[3]) for name in tensors if ".encoder.layer." in name})
     if layers != list(range(len(layers))) or not layers:
-        raise ValueError(f"its layers are numbered {layers[:20]}")
+        raise ValueError(
+            f"its layers are numbered {layers[:20]}; expected 0, 1, 2, ... without a gap"
+        )
     sizes = {
         name: tuple(tensors[name].shape) if name in tensors else ()
         for name in (WORDS, POSITIONS, "roberta.encoder.layer.0.intermediate.dense.weight")

@@ -102,7 +102,10 @@ def _tensors(outline: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _check(name: str, tensor: Tensor, size: int) -> None:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-        raise ValueError(f"{name or 'the file'} is no plain tensor")
+        raise ValueError(
+            f"{name or 'the file'} is a {type(tensor).__name__} with layout "
+            f"{tensor.layout}; expected a plain tensor"
+        )
     if tensor.numel() == 0:
         return
     stored = tensor.untyped_storage().nbytes()

@@ -210,5 +210,7 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """``object_pairs_hook`` of json: a name that comes twice has no single meaning."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("it names an entry twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in result if names.count(name) > 1)
+        raise ValueError(f"it names {twice[:80]!r} twice")
     return result
