@@ -108,7 +108,10 @@ def main() -> None:
     )
     ours.load_state_dict(theirs.state_dict())
     theirs.train(arguments.train)
-    ours.train(arguments.train)
+    if arguments.train:
+        ours.train()
+    else:
+        ours.optimize_for_inference()  # as `predict` runs it
 
     def forward(model: torch.nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> None:
         with torch.inference_mode():

@@ -156,8 +156,10 @@ def run(arguments: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
     task.settle(train)
     started = time.monotonic()
     if side == "ours":
-        finetune(model, tokenizer, train, task=task, output_dir=None, learning_rate=RATE, seed=seed,
-                 **recipe)  # fmt: skip
+        finetune(
+            model, tokenizer, train, task=task, output_dir=None, learning_rate=RATE, seed=seed,
+            epochs=recipe["epochs"], batch_size=recipe["batch_size"],
+        )  # fmt: skip
     elif arguments.trained is None:
         train_theirs(model, task.features(train, training=True), recipe)
     seconds = time.monotonic() - started

@@ -113,7 +113,7 @@ def test_an_entry_named_twice(tmp_path: Path) -> None:
     first = json.dumps({"classifier.dense.bias": header["classifier.dense.bias"]}).encode()
     twice = first[:-1] + b"," + json.dumps(header).encode()[1:]
     path.write_bytes(raw(twice, content[8 + length :]))
-    with pytest.raises(ValueError, match="names an entry twice"):
+    with pytest.raises(ValueError, match=r"names .* twice"):
         Classifier.from_pretrained(tmp_path)
 
 

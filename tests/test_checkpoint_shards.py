@@ -207,11 +207,31 @@ def test_a_shard_that_leads_out_of_the_folder(tmp_path: Path) -> None:
     assert same(Classifier.from_pretrained(tmp_path / "link"), classifier())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", INDEX])
+def test_a_single_file_that_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    model = tmp_path / "model"
+    classifier().save_pretrained(model, max_shard_size=LIMIT if name == INDEX else "5GB")
+    if name.endswith(".bin"):
+        (model / "model.safetensors").unlink()
+        torch.save(classifier().state_dict(), model / name)
+    (model / name).rename(tmp_path / name)
+    (model / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"model/{name}: leads out of the folder, to {tmp_path}"):
+        Classifier.from_pretrained(model)
+    # Within the folder a link is as good as a file.
+    (model / "deep").mkdir()
+    (tmp_path / name).rename(model / "deep" / name)
+    (model / name).unlink()
+    (model / name).symlink_to(Path("deep") / name)
+    assert same(Classifier.from_pretrained(model), classifier())
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["shards", "one file"])
 @pytest.mark.parametrize("shared", [False, True], ids=["blobs", "blobs shared by models"])
-def test_links_of_the_hub_cache(tmp_path: Path, shared: bool) -> None:
+def test_links_of_the_hub_cache(tmp_path: Path, shared: bool, single: bool) -> None:
     snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
     blobs = tmp_path / "models--owner--name" / "blobs"
-    sharded(snapshot)
+    classifier().save_pretrained(snapshot, max_shard_size="5GB" if single else LIMIT)
     blobs.mkdir()
     (tmp_path / "blobs").mkdir()
     for number, path in enumerate(sorted(snapshot.iterdir())):
@@ -428,6 +448,16 @@ def test_a_failure_while_writing_shards_leaves_the_old_files(
         sharded(tmp_path, num_labels=5)
     monkeypatch.undo()
     assert {path.name: digest(path) for path in tmp_path.iterdir()} == before
+
+
+def test_names_of_shards() -> None:
+    for name in ("model-00001-of-00002.safetensors", "model-3-00001-of-00002.safetensors"):
+        assert shards_module.is_shard(name)
+        assert not shards_module.is_shard(name, "fp16")
+    assert shards_module.is_shard("model.fp16-00001-of-00002.safetensors", "fp16")
+    assert shards_module.is_shard("model-2.fp16-00001-of-00002.safetensors", "fp16")
+    for name in ("model.safetensors", INDEX, "model.fp16-00001-of-00002.safetensors", "notes.txt"):
+        assert not shards_module.is_shard(name)
 
 
 def test_a_folder_in_use_is_nobodys_leftover(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from stub_classifier import StubTokenizer
 from torch.nn import functional as F
 from xlmr_vocabulary import write_tiny_vocabulary
 
-from xlmr_ext import XLMRobertaForMultipleChoice, XLMRobertaTokenizer
+from xlmr_ext import XLMRobertaForMultipleChoice, XLMRobertaTokenizer, prediction
 from xlmr_ext.cli import main
 from xlmr_ext.data import DataError, LengthBatches
 from xlmr_ext.tasks.choice import ChoiceAnswerer, ChoiceQuestion, ChoiceTask, read_choices
@@ -247,12 +247,34 @@ def test_questions_are_read_no_further_than_a_window() -> None:
     assert taken == 4
 
 
+@pytest.mark.parametrize("length", [10, 45, 500])
+def test_long_questions_are_held_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Their characters count as often as the context is repeated: once a choice."""
+    monkeypatch.setattr(prediction, "_WINDOW_CHARACTERS", 1000)
+    asked = [ChoiceQuestion("w10 ".ljust(length), ["w1", "w2"]) for _ in range(40)]
+    held: list[int] = []
+
+    class Watched(ChoiceAnswerer):
+        def _answer(self, questions: list[ChoiceQuestion]) -> Any:
+            held.append(len(questions))
+            return super()._answer(questions)
+
+    answerer = Watched(make_model(), StubTokenizer())  # type: ignore[arg-type]
+    assert len(list(answerer.answers(iter(asked)))) == 40
+    most = max(1, 1000 // (2 * (length + 2)))
+    assert held == [most] * (40 // most) + [40 % most] * (40 % most > 0)
+
+
 def test_bad_arguments_of_the_answerer() -> None:
     model, tokenizer = make_model(), StubTokenizer()
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         ChoiceAnswerer(model, tokenizer, batch_size=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_length must be from 3 to 38"):
         ChoiceAnswerer(model, tokenizer, max_length=39)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        ChoiceAnswerer(model, tokenizer).answers([], window=0)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="expected 2 choices or more, got 1"):
         ChoiceAnswerer(model, tokenizer)("c", ["a"])  # type: ignore[arg-type]
     with torch.no_grad():

@@ -21,6 +21,7 @@ import torch
 from xlmr_vocabulary import write_tiny_vocabulary
 
 from xlmr_ext.cli import main
+from xlmr_ext.cli.arguments import with_options
 from xlmr_ext.cli.main import COMMANDS, build_parser
 from xlmr_ext.threads import available_cpus, cpu_quota
 
@@ -332,7 +333,7 @@ def test_models_that_will_not_do(files: Path, trained: Path, cli: Cli, tmp_path:
     assert "config.json" in err
     code, _, err = cli(*recipe(files, tmp_path / "out"), "--max-length", 65)
     assert code == 1
-    assert "max_length must be from 3 to 64" in err
+    assert "--max-length must be from 3 to 64" in err
 
 
 def test_inputs_are_checked_before_any_work(files: Path, cli: Cli, tmp_path: Path) -> None:
@@ -389,6 +390,31 @@ def test_bad_usage_is_exit_code_2(arguments: list[str], message: str, cli: Cli) 
     code, out, err = cli(*arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_a_task_s_options_are_the_same_in_every_command() -> None:
+    actions = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for flag in ("--stride", "--token-column", "--doc-stride", "--max-answer-length"):
+        found = {
+            (action.dest, action.help, action.metavar, action.type, action.default)
+            for command in ("finetune", "predict", "eval")
+            for action in actions.choices[command]._actions
+            if flag in action.option_strings
+        }
+        assert len(found) == 1, flag
+
+
+def test_messages_have_the_options_names() -> None:
+    arguments = argparse.Namespace(max_length=None, doc_stride=1, template="", labels=[], model="")
+    for message, expected in (
+        ("max_length must be 3; lower doc_stride", "--max-length must be 3; lower --doc-stride"),
+        ("hypothesis_template 'a' has no {}", "--template 'a' has no {}"),
+        ("candidate_labels must hold one", "--labels must hold one"),
+        # A file's name, a value, a part of a name, an option that the command does not have.
+        ("max_length.csv, a/max_length, 'max_length'", None),
+        ("errors='repair', batch_size, my_max_length, max_length=3", None),
+    ):
+        assert with_options(message, arguments) == (expected or message)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -23,6 +23,8 @@ from xlmr_ext import (
     XLMRobertaTokenizer,
 )
 from xlmr_ext.cli import main
+from xlmr_ext.conversion import convert_checkpoint
+from xlmr_ext.hub import OutOfReachError
 
 TEXT = "Le petit chat"
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -301,6 +303,35 @@ def test_a_class_of_somebody_elses(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "left out: classifier.dense.bias" in said
 
 
+def test_the_tokenizer_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of the commit that the weights are of, and one that is out of reach is not absent."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    our_folder(XLMRobertaModel, repository / "snapshots" / commit)
+    hub = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    seen = []
+    real = XLMRobertaTokenizer.from_pretrained
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(XLMRobertaTokenizer, "from_pretrained", look)
+    assert convert_checkpoint("owner/name", tmp_path / "out", hub=hub) == []
+    assert seen == [{**hub, "revision": commit}]
+
+    def lost(*args: Any, **kwargs: Any) -> Any:
+        raise OutOfReachError("the connection was lost")
+
+    monkeypatch.setattr(XLMRobertaTokenizer, "from_pretrained", lost)
+    with pytest.raises(OSError, match="the connection was lost"):
+        convert_checkpoint("owner/name", tmp_path / "again", hub=hub)
+    assert not (tmp_path / "again").exists()
+
+
 # --- arguments --------------------------------------------------------------------------------
 
 
@@ -326,6 +357,6 @@ def test_a_source_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_head_where_none_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     our_folder(XLMRobertaModel, tmp_path / "a")
     assert convert(tmp_path / "a", tmp_path / "b", "--head", "topic") == 1
-    assert "head names a head of a fairseq checkpoint" in capsys.readouterr().err
+    assert "it names a head of a fairseq checkpoint" in capsys.readouterr().err
     assert convert(tmp_path / "a", tmp_path / "b", "--dtype", "int8") == 2
     assert "invalid choice: 'int8'" in capsys.readouterr().err

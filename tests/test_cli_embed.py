@@ -75,6 +75,7 @@ def vectors_of(model: Path, **options: Any) -> np.ndarray:
 
 def test_npy(model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out/vectors.npy"
+    output.parent.mkdir()
     run("embed", "--model", model, "--input", texts, "--output", output, "--window", 3)
     found = np.load(output)
     assert found.dtype == np.float32
@@ -224,7 +225,7 @@ def test_bad_usage_of_embed(model: Path, texts: Path, tmp_path: Path, fails: Fai
     (tmp_path / "d.npy").mkdir()
     assert "is a directory" in fails(*start, "--output", tmp_path / "d.npy")
     assert "pooling must be one or several of" in fails(*start, "--pooling", "average")
-    assert "prompt_name 'answer' is not one of" in fails(*start, "--prompt-name", "answer")
+    assert "--prompt-name 'answer' is not one of" in fails(*start, "--prompt-name", "answer")
     assert "both came" in fails(*start, "--prompt-name", "query", "--prefix", "x")
     assert "there is no directory" in fails("embed", "--model", "./nowhere", "--input", texts)
 
@@ -378,10 +379,24 @@ def test_zero_shot_failures(
 ) -> None:
     start = ("zero-shot", "--input", texts, "--model")
     assert "is no trained classifier: it lacks" in fails(*start, model, "--labels", "a")
-    assert "at least one label" in fails(*start, nli, "--labels", " , ")
-    assert "where the label goes" in fails(*start, nli, "--labels", "a", "--template", "b")
+    for bad in ("b", "{", "{:d}", "{0} {1}", "{name}"):
+        message = fails("zero-shot", "--model", "no", "--labels", "a", "--template", bad, code=2)
+        assert "argument --template: expected a text with {} where the label goes, got" in message
+    message = fails("zero-shot", "--model", "no", "--labels", " , ", code=2)
+    assert "argument --labels: expected labels with commas between them, got ' , '" in message
+    message = fails(*start, nli, "--labels", "a", "--max-length", "1000")
+    assert "--max-length must be from 3 to " in message
     message = fails(*start, nli, "--labels", "a", "--entailment-label", "yes")
     assert "no label 'yes', its labels are contradiction, neutral, entailment" in message
+    config = nli / "config.json"
+    told = config.read_text("utf-8")
+    try:
+        config.write_text(told.replace("entailment", "implied"), "utf-8")
+        message = fails(*start, nli, "--labels", "a")
+    finally:
+        config.write_text(told, "utf-8")
+    assert "no label for entailment" in message
+    assert message.endswith("; name it with --entailment-label\n")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n' * 5 + "{\n")
     message = fails("zero-shot", "--model", nli, "--labels", "a", "--input", bad)

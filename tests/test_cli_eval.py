@@ -270,7 +270,7 @@ def test_a_report_of_groups(folder: Path, cli: Cli, tmp_path: Path) -> None:
         (None, ""),
         ("{", "is no training log"),
         ({"losses": [1.0]}, "is no training log, so there is no loss curve (KeyError('history'))"),
-        ({**LOG, "losses": [float("nan")]}, "a loss is not finite"),
+        ({**LOG, "losses": [float("nan")]}, "a loss of a step or an epoch is not finite"),
         ([1], "is no training log"),
     ):
         other = tmp_path / "other"
@@ -374,6 +374,16 @@ def test_a_bad_report_folder_is_found_before_the_work(
             "open.jsonl:1: the question '1' has no ans",
         ),
         (["--model", "tokens", "--input", "deu/topics.tsv"], 1, "topics.tsv:1: unknown tag 'text'"),
+        (
+            ["--model", "tokens", "--input", "broken.iob2"],
+            1,
+            "continues no entity (--tag-errors repair reads it as",
+        ),
+        (
+            ["--model", "choice", "--max-length", "1", "--input", "open.jsonl"],
+            1,
+            "error: --max-length must be from 3 to ",
+        ),
         (["--model", "choice", "--input", "open.jsonl"], 1, "open.jsonl:1: expected a list 'choi"),
         (
             ["--model", "tokens", "--task", "qa", "--input", "deu/qa.json"],
@@ -392,6 +402,7 @@ def test_refusals(
 ) -> None:
     monkeypatch.chdir(folder)
     write(Path("none.jsonl"), "")
+    write(Path("broken.iob2"), "a\tO\nb\tI-PER\n")
     write(Path("open.jsonl"), [{"question": "Wer?", "context": "fox"}])
     found, out, err = cli("eval", *arguments)
     assert (found, out) == (code, "")

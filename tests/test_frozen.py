@@ -178,6 +178,8 @@ def test_what_a_frozen_model_refuses(tmp_path: Path) -> None:
         lambda: model.save_pretrained(tmp_path / "saved"),
         lambda: model.state_dict(),
         lambda: model.load_state_dict(make("classifier").state_dict()),
+        lambda: model.resize_token_embeddings(model.config.vocab_size + 3),
+        lambda: model.roberta.resize_token_embeddings(pad_to_multiple_of=64),
     ):
         with pytest.raises(RuntimeError, match="packed by optimize_for_inference"):
             action()
@@ -225,6 +227,24 @@ def test_layers_that_are_not_plain(change: Callable[[Any], None]) -> None:
     # Nothing was taken apart.
     assert len(model.roberta.encoder.layer) == 3
     model(**inputs_of("classifier"))
+
+
+def test_layers_that_differ_in_more_than_weights() -> None:
+    """What the native call knows once for all layers."""
+    for change in (
+        lambda layer: setattr(layer.output.LayerNorm, "eps", 0.5),
+        lambda layer: setattr(layer.attention.output.LayerNorm, "eps", 0.5),
+        lambda layer: setattr(layer.intermediate, "activation", "relu"),
+        lambda layer: setattr(layer.attention.self, "num_attention_heads", 2),
+    ):
+        model = make("classifier")
+        change(model.roberta.encoder.layer[1])
+        with pytest.raises(ValueError, match=r"the layers differ in \(heads, activation, eps\)"):
+            model.optimize_for_inference()
+    model = make("classifier")
+    model.roberta.embeddings.LayerNorm.eps = 0.5
+    with pytest.raises(ValueError, match=r"LayerNorm has eps 0\.5, the layers' "):
+        frozen(model)(**inputs_of("classifier"))
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from hub_server import Hub, Loader, Repository
 from small_models import Classifier, classifier
 from xlmr_vocabulary import write_tiny_vocabulary
 
+from xlmr_ext.files import resolve_files
+
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
@@ -279,6 +281,31 @@ def test_nobody_answers(
     assert away("model", name)["digest"] == digest(filled())
     assert time.monotonic() - began < 15
     away.close()
+
+
+def test_settings_that_cannot_be_asked_for_are_not_absent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The connection is lost between two files: a default setting would be a silent other one."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    (tmp_path / "first").write_bytes(b"1")
+
+    def fetch(filename: str, **_: Any) -> str:
+        if filename == "first":
+            return str(tmp_path / "first")
+        raise LocalEntryNotFoundError("connection lost")
+
+    def found(**options: Any) -> list[str]:
+        return list(resolve_files("owner/name", ["first"], optional=["second"], **options))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(FileNotFoundError, match=r"second of a hub model .* connection lost"):
+        found()
+    assert found(local_files_only=True) == ["first"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert found() == ["first"]
 
 
 @pytest.mark.slow

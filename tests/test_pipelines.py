@@ -97,6 +97,8 @@ PAIR = {"text": TEXTS[0], "text_pair": TEXTS[1]}
         ([PAIR, PAIR], {"top_k": None}),
         (TEXTS, {"function_to_apply": "sigmoid"}),
         (TEXTS[0], {"function_to_apply": "none", "top_k": None}),
+        (TEXTS, {"function_to_apply": "NONE"}),
+        (TEXTS[0], {"function_to_apply": None}),
         (TEXTS[0] * 9, {"truncation": True}),
         (TEXTS[0] * 9, {"truncation": True, "max_length": 12}),
         (TEXTS, {"padding": True, "truncation": True}),
@@ -136,6 +138,22 @@ def test_the_function_is_what_the_model_asks_for(
     same(ours(TEXTS, top_k=None), theirs(TEXTS, top_k=None))
 
 
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+def test_all_scores_as_in_version_4(tokenizer: XLMRobertaTokenizer, function: str) -> None:
+    """In the model's order, and of a str within another list; ``top_k`` comes before it."""
+    model = make_head(tokenizer, "XLMRobertaForSequenceClassification", ["x", "y", "z"])
+    classify = pipeline(
+        "text-classification", model, tokenizer=tokenizer, function_to_apply=function
+    )
+    every = classify(TEXTS, top_k=None)
+    found = classify(TEXTS, return_all_scores=True)
+    assert [[row["label"] for row in rows] for rows in found] == [["x", "y", "z"]] * len(TEXTS)
+    assert [sorted(rows, key=lambda row: -row["score"]) for rows in found] == every
+    assert classify(TEXTS[0], return_all_scores=True) == [found[0]]
+    assert classify(TEXTS[0], return_all_scores=False) == [every[0][0]]
+    assert classify(TEXTS, return_all_scores=True, top_k=1) == [rows[:1] for rows in every]
+
+
 def test_a_text_too_long_is_cut_only_on_request(tokenizer: XLMRobertaTokenizer) -> None:
     model = make_head(tokenizer, "XLMRobertaForSequenceClassification", ["x", "y"])
     classify = pipeline("text-classification", model, tokenizer=tokenizer)
@@ -144,30 +162,52 @@ def test_a_text_too_long_is_cut_only_on_request(tokenizer: XLMRobertaTokenizer) 
     assert len(classify([TEXTS[0] * 9], truncation=True)) == 1
 
 
-def test_a_generator_is_answered_as_it_goes(tokenizer: XLMRobertaTokenizer) -> None:
-    model = make_head(tokenizer, "XLMRobertaForSequenceClassification", ["x", "y"])
-    classify = pipeline("text-classification", model, tokenizer=tokenizer)
+@pytest.mark.parametrize(
+    ("task", "kind", "labels", "options"),
+    [
+        ("text-classification", "XLMRobertaForSequenceClassification", ["x", "y"], {}),
+        ("token-classification", "XLMRobertaForTokenClassification", TAGS, {"ignore_labels": []}),
+        (
+            "zero-shot-classification",
+            "XLMRobertaForSequenceClassification",
+            ["contradiction", "entailment"],
+            {"candidate_labels": ["a", "dog"]},
+        ),
+        ("feature-extraction", "XLMRobertaModel", ["x", "y"], {}),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_generator_is_answered_as_it_goes(
+    tokenizer: XLMRobertaTokenizer,
+    task: str,
+    kind: str,
+    labels: list[str],
+    options: Any,
+    batch_size: int,
+) -> None:
+    model = make_head(tokenizer, kind, labels)
+    answer = pipeline(task, model, tokenizer=tokenizer, batch_size=batch_size, **options)
     read: list[int] = []
 
     def texts() -> Iterator[str]:
-        for number in range(5000):
+        for number in range(40):
             read.append(number)
-            yield "fox"
+            yield TEXTS[number % len(TEXTS)]
 
-    results = classify(texts())
+    results = answer(texts())
     assert read == []
     first = next(results)
-    assert len(read) < 2000
-    assert [first, *results] == classify(["fox"] * 5000)
+    assert 1 <= len(read) <= 4 * batch_size
+    assert [first, *results] == answer(TEXTS * 10)
 
 
 # -- entities
 
 
-@pytest.mark.parametrize("strategy", ["none", "simple", "SIMPLE"])
+@pytest.mark.parametrize("strategy", [None, "none", "simple", "SIMPLE"])
 @pytest.mark.parametrize("inputs", [TEXTS[0], TEXTS])
 def test_token_classification(
-    both: Both, tokenizer: XLMRobertaTokenizer, strategy: str, inputs: Any
+    both: Both, tokenizer: XLMRobertaTokenizer, strategy: str | None, inputs: Any
 ) -> None:
     model = make_head(tokenizer, "XLMRobertaForTokenClassification", TAGS)
     ours, theirs = both("ner", model, aggregation_strategy=strategy)
@@ -272,6 +312,8 @@ def test_zero_shot_classification(
     )
     options = {"candidate_labels": "dog, chat", "hypothesis_template": "Das ist {}."}
     same(ours(inputs, **options), theirs(inputs, **options))
+    long = {"candidate_labels": ["fox"], "truncation": True}
+    same(ours(TEXTS[0] * 9, **long), theirs(TEXTS[0] * 9, **long))
     with pytest.raises(TypeError, match="needs candidate_labels"):
         ours(inputs)
 
@@ -348,8 +390,8 @@ def test_what_cannot_be_made(tokenizer: XLMRobertaTokenizer, tmp_path: Path) -> 
         pipeline("ner", tmp_path, tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"task must be given, one of .*XLMRobertaModel"):
         pipeline(model=tmp_path)
-    with pytest.raises(TypeError, match="text-classification has no option 'return_all_scores'"):
-        pipeline("text-classification", classifier, tokenizer=tokenizer, return_all_scores=True)
+    with pytest.raises(TypeError, match="text-classification has no option 'return_every_score'"):
+        pipeline("text-classification", classifier, tokenizer=tokenizer, return_every_score=True)
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ PROMPTS = "config_sentence_transformers.json"
         (lambda f: write(f / "modules.json", [3]), r"module 0: expected an object, found int"),
         (lambda f: (f / "modules.json").write_text("[{"), r"modules.json: not a JSON file"),
         (lambda f: (f / "modules.json").write_text("[" * 99999), r"modules.json: not a JSON file"),
-        (lambda f: (f / POOLING).write_text("[]"), r"expected a JSON dict, found list"),
+        (lambda f: (f / POOLING).write_text("[]"), r"expected a JSON object, found list"),
         (lambda f: (f / POOLING).write_text(" " * 2**23), r"8388608 bytes is too large"),
         (lambda f: (f / POOLING).unlink(), r"has no file config.json in 1_Pooling"),
         (lambda f: (f / "2_Dense/pytorch_model.bin").unlink(), r"has no file model.saf.* in 2_D"),

@@ -425,10 +425,35 @@ def test_decode(tokenizer: XLMRobertaTokenizer) -> None:
         ([len(tokenizer)], ValueError, f"ids: {len(tokenizer)} is not in 0..{len(tokenizer) - 1}"),
         ([0, -100], ValueError, "ids: -100"),
         ([0.5], TypeError, "ids: expected integers, got float64"),
-        ([[1], [2]], ValueError, "batch_decode"),
+        ([1, [2]], ValueError, "ids: expected one row of integers; see batch_decode"),
+        ([[[1], [2]]], ValueError, "batch_decode"),
+        ([[[1], [2, 3]]], ValueError, "batch_decode"),
     ):
         with pytest.raises(error, match=match):
             tokenizer.decode(bad)
+
+
+def test_rows_are_decoded_as_transformers_5_does(both: tuple[XLMRobertaTokenizer, Any]) -> None:
+    ours, theirs = both
+    ragged = ours([FIRST, SECOND])["input_ids"]
+    assert len({len(row) for row in ragged}) == 2
+    for options in ({}, {"skip_special_tokens": True}):
+        assert ours.decode(ragged, **options) == theirs.decode(ragged, **options)
+        assert ours.decode(ragged, **options) == ours.batch_decode(ragged, **options)
+    padded = ours([FIRST, SECOND], padding=True, return_tensors="pt")["input_ids"]
+    for rows in (padded, padded.numpy(), list(padded), tuple(padded.tolist())):
+        assert ours.decode(rows, skip_special_tokens=True) == [FIRST, SECOND]
+    assert ours.decode([[]]) == [""]
+
+
+@pytest.mark.parametrize("name", ["truncation_side", "padding_side"])
+def test_a_side_that_is_none(tokenizer: XLMRobertaTokenizer, name: str) -> None:
+    setattr(tokenizer, name, "rihgt")
+    with pytest.raises(ValueError, match=f"{name}: expected one of .*'rihgt'"):
+        tokenizer(FIRST, truncation=True, max_length=4)
+    if name == "truncation_side":
+        with pytest.raises(ValueError, match=f"{name}: expected one of .*'rihgt'"):
+            tokenizer.encode_batch([FIRST], max_length=4)
 
 
 def test_tokens_and_ids(tokenizer: XLMRobertaTokenizer) -> None:

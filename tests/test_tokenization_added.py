@@ -154,6 +154,14 @@ def test_bad_tokens(tokenizer: XLMRobertaTokenizer) -> None:
     assert tokenizer.add_tokens("") == 0
 
 
+def test_a_str_is_no_list_of_tokens(tiny_folder: Path) -> None:
+    for value in ("abc", 7):
+        with pytest.raises(TypeError, match="additional_special_tokens must be a list, got"):
+            XLMRobertaTokenizer.from_pretrained(tiny_folder, additional_special_tokens=value)
+    with pytest.raises(ValueError, match="half a character"):
+        AddedToken("\ud800")
+
+
 def test_rows_are_built_from_ids(tokenizer: XLMRobertaTokenizer) -> None:
     a, b = ([7, 8], [9])
     single, pair = (tokenizer.build_inputs_with_special_tokens(a, other) for other in (None, b))

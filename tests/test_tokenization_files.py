@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,17 @@ def test_damaged_files_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
         ("[]", "expected a JSON object"),
         ('{"tokenizer_class": "CamembertTokenizer"}', "tokenizer_class is 'CamembertTokenizer'"),
         ('{"model_max_length": "long"}', "model_max_length is 'long'"),
+        ('{"model_max_length": -Infinity}', "config.json: model_max_length is -inf"),
+        ('{"model_max_length": NaN}', "config.json: model_max_length is nan"),
+        ('{"model_max_length": 0}', "config.json: model_max_length is 0"),
         ('{"padding_side": "middle"}', "padding_side: expected one of"),
+        ('{"additional_special_tokens": "abc"}', "config.json: additional_special_tokens is 'abc'"),
+        ('{"extra_special_tokens": 7}', "config.json: extra_special_tokens is 7"),
+        ('{"extra_special_tokens": {"x": 7}}', "config.json: expected a token as a str"),
+        (r'{"additional_special_tokens": ["\ud800"]}', "config.json: AddedToken: .* half a char"),
+        (r'{"added_tokens_decoder": {"900": {"content": "\ud800"}}}', "half a character"),
+        ("[" * 100_000, "config.json: not a JSON file"),
+        ("[" * 101 + "]" * 101, "config.json: not a JSON file .nested more than 100 levels"),
         ('{"additional_special_tokens": [7]}', "expected a token as a str"),
         ('{"added_tokens_decoder": {"9": {"content": "<y>"}}}', "'<y>' has the id 9, but the next"),
         ('{"added_tokens_decoder": {"9": {"content": "<s>"}}}', "'<s>' has the id 9, but is 0"),
@@ -306,6 +317,106 @@ def test_what_is_no_object_is_refused(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=r"tokenizer\.json: "):
             XLMRobertaTokenizer.from_pretrained(tmp_path)
+
+
+def nested(key: str, levels: int) -> Any:
+    value: Any = None
+    for _ in range(levels):
+        value = {"type": "Sequence", key: [value]}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda d: d["model"]["vocab"][7].__setitem__(1, 1e39), "vocab row 7 is .*1e.39"),
+        (lambda d: d["model"]["vocab"][7].__setitem__(1, 10**400), "vocab row 7 is "),
+        (lambda d: d["model"]["vocab"][7].__setitem__(1, float("nan")), "vocab row 7 is .*nan"),
+        (lambda d: d["model"]["vocab"][7].__setitem__(0, "\ud800"), "row 7 .* half a character"),
+        (lambda d: d["model"]["vocab"].__setitem__(7, ["", -1.0]), "not a sentencepiece model"),
+        (
+            lambda d: d["model"]["vocab"].__setitem__(7, d["model"]["vocab"][8]),
+            "not a sentencepiece model .*already defined",
+        ),
+        (
+            lambda d: d.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "not a sentencepiece model .*normalization rule",
+        ),
+        (lambda d: d.update(added_tokens=7), "added_tokens is int; expected a list"),
+        (lambda d: d.update(added_tokens={"0": "<s>"}), "added_tokens is dict; expected a list"),
+        (lambda d: d.update(added_tokens=[7]), "added token 7 .* has no id"),
+        (lambda d: d.update(normalizer={"type": "Sequence", "normalizers": 3}), "normalizer 3 "),
+        (lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": 3}), "tokenizer 3"),
+        (
+            lambda d: d.update(normalizer={"type": "Replace", "content": " ", "pattern": "x"}),
+            "normalizer .*Replace.* cannot",
+        ),
+        (lambda d: d.update(normalizer=nested("normalizers", 90)), "nested more than 100 levels"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    rewrite: Callable[..., XLMRobertaTokenizer], tmp_path: Path, change: Any, match: str
+) -> None:
+    for name in ("sentencepiece.bpe.model", "tokenizer_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}/tokenizer\.json: .*{match}"):
+        rewrite(change)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        ("[" * 100_000, "added_tokens cannot be read"),
+        ("[" * 101 + "]" * 101, "added_tokens cannot be read .nested"),
+        ('[{"id": 1e999, "content": "<s>"}]', "has no id or content"),
+        ('[{"id": 3.7, "content": "<s>"}]', "has no id or content"),
+        ("[7]", "has no id or content"),
+    ],
+    ids=["deep", "nested", "infinite", "fraction", "number"],
+)
+def test_damaged_tokens_beside_a_vocabulary(
+    tmp_path: Path, tiny_folder: Path, tokens: str, match: str
+) -> None:
+    shutil.copy(tiny_folder / "sentencepiece.bpe.model", tmp_path)
+    (tmp_path / "tokenizer.json").write_text(f'{{"added_tokens": {tokens}}}')
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{match}"):
+        XLMRobertaTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_file_too_large_to_be_one(tmp_path: Path, tiny_folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**40)  # sparse
+        with pytest.raises(ValueError, match=rf"{name}: 1099511627776 bytes is too large"):
+            XLMRobertaTokenizer.from_pretrained(tmp_path)
+        shutil.copy(tiny_folder / "sentencepiece.bpe.model", tmp_path)
+        with pytest.raises(ValueError, match=rf"{name}: 1099511627776 bytes is too large"):
+            XLMRobertaTokenizer.from_pretrained(tmp_path)
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_arguments_of_transformers(tmp_path: Path, tiny_folder: Path) -> None:
+    """They change nothing, choose the folder, or say what to do."""
+    shutil.copytree(tiny_folder, tmp_path / "model/inner")
+    tokenizer = XLMRobertaTokenizer.from_pretrained(
+        tmp_path / "model",
+        subfolder="inner",
+        trust_remote_code=False,
+        force_download=False,
+        proxies=None,
+        resume_download=True,
+    )
+    assert tokenizer.encode(FIRST) == XLMRobertaTokenizer.from_pretrained(tiny_folder).encode(FIRST)
+    with pytest.raises(OSError, match="model"):
+        XLMRobertaTokenizer.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="subfolder"):
+        XLMRobertaTokenizer.from_pretrained(tmp_path / "model", subfolder="../model/inner")
+    for name in ("proxies", "use_auth_token"):
+        with pytest.raises(ValueError, match=f"{name} is not supported: "):
+            XLMRobertaTokenizer.from_pretrained(tiny_folder, **{name: "x"})
+    with pytest.raises(TypeError, match="nonsense"):
+        XLMRobertaTokenizer.from_pretrained(tiny_folder, nonsense=1)
 
 
 # -- added tokens in files -----------------------------------------------------------------------

@@ -26,6 +26,16 @@ class _Runs:
         return os.system, (f"touch '{self.target}'",)
 
 
+class _Calls:
+    """Unpickling this calls something that torch takes for data."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
 class _Announces:
     """A tensor that claims another shape than its storage holds."""
 
@@ -93,6 +103,78 @@ def test_a_storage_larger_than_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(raised)
     with pytest.raises(ValueError, match=r"announces \[300\] torch.float32 \(8589934588 bytes\)"):
         read_torch_file(tmp_path / "a.pt")
+
+
+def _refused_without_memory(path: Path, message: str) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, limit[1]))
+    try:
+        with pytest.raises(ValueError, match=message):
+            read_torch_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (_Calls(bytearray, 3 * 10**9), "builtins.bytearray"),
+        (_Calls(bytearray, 100), "builtins.bytearray"),  # whatever its size
+        (b"\xff", "_codecs.encode"),  # encoded again and again, text grows without bound
+        (_Calls(torch.Tensor, 10**10), "torch.Tensor"),
+        (_Calls(torch.UntypedStorage, 10**10), "torch.storage.UntypedStorage"),
+    ],
+    ids=["bytearray", "small bytearray", "encode", "Tensor", "storage"],
+)
+def test_calls_that_take_memory(tmp_path: Path, call: Any, name: str, zipped: bool) -> None:
+    """torch's own reader knows all of these for data."""
+    path = tmp_path / "a.bin"
+    torch.save({"a": call}, path, _use_new_zipfile_serialization=zipped)
+    _refused_without_memory(path, rf"a\.bin: asks for {name}, which is not data")
+
+
+def test_an_announced_bytearray_and_memo(tmp_path: Path) -> None:
+    """Opcodes of a legacy file's first pickle that could take memory in a pickle machine."""
+    for opcode in (b"\x96" + (3 * 10**9).to_bytes(8, "little"), b"Nr\xff\xff\xff\xff"):
+        (tmp_path / "a.bin").write_bytes(b"\x80\x02" + opcode)
+        _refused_without_memory(tmp_path / "a.bin", r"a\.bin: not a usable torch file")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_everything_that_is_data(tmp_path: Path, zipped: bool) -> None:
+    content = {
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "types": [torch.float32, torch.bool, torch.device("cpu"), torch.Size([2, 3])],
+        "ordered": OrderedDict(a=1, b=(2.0, None, True, "text", {1, 2}, 2**70, 1j)),
+        **{str(t): torch.ones(5).to(t) for t in (torch.bfloat16, torch.int64, torch.bool)},
+        "empty": torch.zeros(0),
+        "half of it": torch.arange(10, dtype=torch.float64)[5:],
+    }
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    read = read_torch_file(tmp_path / "a.pt")
+    assert read.keys() == content.keys()
+    for key, value in content.items():
+        is_same = torch.equal(read[key], value) if torch.is_tensor(value) else read[key] == value
+        assert is_same, key
+
+
+@pytest.mark.parametrize("entry", ["0", "1"])
+def test_a_part_shorter_than_announced(tmp_path: Path, entry: str) -> None:
+    """The other part is as much longer: their sum is right."""
+    torch.save({"a": torch.ones(100), "b": [torch.ones(100)]}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as source,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_STORED) as target,
+    ):
+        for info in source.infolist():
+            content = source.read(info)
+            if "/data/" in info.filename:
+                content = content[:8] if info.filename.endswith(entry) else content + bytes(392)
+            target.writestr(info.filename, content)
+    with pytest.raises(ValueError, match=r"b\.pt: .*its part data/. has \d+ bytes; .* 400"):
+        read_torch_file(tmp_path / "b.pt")
 
 
 def test_a_compressed_archive(tmp_path: Path) -> None:

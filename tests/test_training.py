@@ -564,6 +564,28 @@ def test_no_kill_leaves_a_mixture(
     assert final == {**dict.fromkeys(expected, "new"), "notes.txt": "mine"}
 
 
+@pytest.mark.parametrize("before", [SINGLE, SHARDS])
+@pytest.mark.parametrize("after", [SINGLE, SHARDS])
+def test_a_disk_that_is_full_at_the_flush_costs_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: tuple[str, ...],
+    after: tuple[str, ...],
+) -> None:
+    """Some file systems tell of it no earlier."""
+    checkpoint(tmp_path, "old", before)
+    there = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_checkpoint(tmp_path, lambda fresh: checkpoint(fresh, "new", after))
+    monkeypatch.undo()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == there
+
+
 def test_later_epochs_replace_the_weights_in_one_move(tmp_path: Path) -> None:
     checkpoint(tmp_path, "same", SINGLE)
     config = (tmp_path / "config.json").stat()

@@ -19,10 +19,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xlmr_ext.configuration import CONFIG_NAME
-from xlmr_ext.files import fairseq_hint, first_file, list_files, pinned, resolve_files, staging
+from xlmr_ext.files import (
+    fairseq_hint,
+    first_file,
+    leads_out,
+    list_files,
+    pinned,
+    resolve_files,
+    staging,
+)
 from xlmr_ext.formats.bert import is_bert_layout
 from xlmr_ext.formats.bert_weights import BertWeights
-from xlmr_ext.formats.shards import ShardedWeights, read_index, split_into_shards
+from xlmr_ext.formats.shards import ShardedWeights, is_shard, read_index, split_into_shards
 from xlmr_ext.formats.weights_file import (
     FILE_DTYPES,
     SafetensorsFile,
@@ -118,6 +126,8 @@ def open_checkpoint(
         ValueError: a file is not usable; the message names it and the entry.
     """
     path = find_weights(name_or_path, hub, variant=variant, use_safetensors=use_safetensors)
+    if leads_out(path, path.parent):
+        raise ValueError(f"{path}: leads out of the folder, to {path.resolve()}")
     weights: WeightsFile
     if path.suffix == ".json":
         hub = pinned(hub, path)
@@ -213,11 +223,9 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def _shards_in(directory: Path, variant: str | None) -> list[str]:
     """Shards of an earlier save into the directory."""
-    suffix = "" if variant is None else re.escape(f".{variant}")
-    shard = re.compile(rf"model(-\d+)?{suffix}-\d{{5}}-of-\d{{5}}\.safetensors")
     if not directory.is_dir():
         return []
-    return [path.name for path in directory.iterdir() if shard.fullmatch(path.name)]
+    return [path.name for path in directory.iterdir() if is_shard(path.name, variant)]
 
 
 def variant_name(name: str, variant: str | None) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlmr_ext.config_surface import ConfigSurface
 from xlmr_ext.files import fairseq_hint, list_files, replace_files, resolve_files
+from xlmr_ext.json_files import read_json
 from xlmr_ext.label_tables import are_settled, is_integer, label_tables, labels_of_file, short
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ _INTEGER_BOUNDS = {
     "pad_token_id": (0, 2**31 - 2),
 }
 _MAX_PARAMETERS = 10**11
-_MAX_FILE_BYTES = 2**26
 
 # What people try to load, and why it is not XLM-R.
 _OTHER_MODELS = {
@@ -324,12 +324,20 @@ class XLMRobertaConfig(ConfigSurface):
             local_files_only, cache_dir, revision, token, force_download: for a hub name, as in
                 huggingface_hub.
             subfolder: the folder within the model that the file lies in.
-            **overrides: as in :meth:`from_dict`.
+            **overrides: as in :meth:`from_dict`. Arguments of transformers that are no settings
+                (``trust_remote_code``) are taken without effect, or refused where they ask for
+                something.
 
         Raises:
             OSError: the file is not there or cannot be read.
-            TypeError, ValueError: it is not a usable configuration; the message names the file.
+            TypeError, ValueError: it is not a usable configuration, and the message names the
+                file; or an argument asks for what is not done.
         """
+        if overrides:
+            # Imported late: it needs torch.
+            from xlmr_ext.loading import drop_arguments
+
+            overrides = drop_arguments(overrides)
         path, values = read_config(
             pretrained_model_name_or_path,
             local_files_only=local_files_only,
@@ -437,10 +445,4 @@ def read_config(name_or_path: str | os.PathLike[str], **hub: Any) -> tuple[Path,
         if hint:
             raise FileNotFoundError(f"{error}{hint}") from None
         raise
-    size = path.stat().st_size
-    if size > _MAX_FILE_BYTES:
-        raise ValueError(f"{path}: {size} bytes is too large for a configuration")
-    try:
-        return path, json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    return path, read_json(path)

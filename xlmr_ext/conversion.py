@@ -24,6 +24,7 @@ from xlmr_ext.heads import (
     XLMRobertaForSequenceClassification,
     XLMRobertaForTokenClassification,
 )
+from xlmr_ext.hub import OutOfReachError
 from xlmr_ext.modeling import XLMRobertaModel
 from xlmr_ext.pretrained import PreTrainedModel
 from xlmr_ext.saving import prepare_folder, replace_checkpoint
@@ -183,7 +184,8 @@ def _read_hugging_face(
             f"BERT's layout: word rows beyond {WORDS} and token type 1 are left out, which XLM-R's "
             "tokenizer never gives"
         )
-    weights = open_checkpoint(source, pinned(hub, path), values)
+    hub = pinned(hub, path)
+    weights = open_checkpoint(source, hub, values)
     architecture = (config.architectures or ["none"])[0]
     kind = _CLASSES.get(architecture, XLMRobertaModel)
     if kind.__name__ != architecture:
@@ -202,6 +204,8 @@ def _read_hugging_face(
         notes.append(f"left out: {listed(left)}")
     try:
         tokenizer = XLMRobertaTokenizer.from_pretrained(source, **hub)
+    except OutOfReachError:  # there may be one
+        raise
     except FileNotFoundError:
         return model, None, notes
     return model, tokenizer, notes

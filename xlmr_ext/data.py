@@ -265,13 +265,17 @@ def label_ids(data: LabelledTexts, labels: Sequence[str]) -> list[int]:
     index = {label: position for position, label in enumerate(labels)}
     for position, label in enumerate(data.labels):
         if label not in index:
-            shown = ", ".join(repr(known) for known in labels[:20])
-            more = "" if len(labels) <= 20 else f" and {len(labels) - 20} more"
-            raise DataError(
-                f"{data.where(position)}: label {label!r} is not one of the model's "
-                f"{len(labels)} labels: {shown}{more}"
-            )
+            raise unknown_label(data.where(position), label, labels)
     return [index[label] for label in data.labels]
+
+
+def unknown_label(where: str, label: str, labels: Sequence[str]) -> DataError:
+    """The error of a row whose label is none of the model's ``labels``."""
+    shown = ", ".join(repr(known) for known in labels[:20])
+    more = "" if len(labels) <= 20 else f" and {len(labels) - 20} more"
+    return DataError(
+        f"{where}: label {label!r} is not one of the model's {len(labels)} labels: {shown}{more}"
+    )
 
 
 class LengthBatches:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from xlmr_ext.hub import AbsentFileError, OutOfReachError, download, is_commit
+from xlmr_ext.hub import AbsentFileError, OutOfReachError, download, is_commit, is_offline
 
 __all__ = [
     "fairseq_hint",
@@ -50,7 +50,7 @@ def resolve_files(
             that name comes first.
         filenames: files that must be there.
         optional: files that may be absent; those are left out of the result, and so are those of a
-            hub model that are not in the cache while the hub is out of reach.
+            hub model that are not in the cache where only the cache may be used.
         local_files_only: take hub files from the cache only (as ``HF_HUB_OFFLINE=1`` does).
         cache_dir, revision, token, force_download: as in ``huggingface_hub.hf_hub_download``. All
             files are of the commit that the first one came from.
@@ -61,7 +61,8 @@ def resolve_files(
 
     Raises:
         OSError: the directory, the hub model or a required file cannot be found or read
-            (``FileNotFoundError`` where it is known to be absent).
+            (``FileNotFoundError`` where it is known to be absent), or the hub cannot be asked for
+            an optional one.
         ValueError: ``name_or_path`` can be neither a directory nor a hub name, or ``subfolder``
             leads out of it.
     """
@@ -86,8 +87,12 @@ def resolve_files(
             continue
         try:
             found[filename] = download(name, _within(subfolder, filename), **hub)
-        except (AbsentFileError, OutOfReachError):
+        except AbsentFileError:
             if required:
+                raise
+        except OutOfReachError:
+            # A model whose settings could not be asked for is not one that has none.
+            if required or not (local_files_only or is_offline()):
                 raise
         else:
             hub = pinned(hub, found[filename])

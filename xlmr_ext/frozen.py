@@ -31,19 +31,19 @@ class FrozenEncoder(nn.Module):
     Args:
         encoder: plain layers on the CPU, in float32 or float64. They are taken apart: each weight
             is released once it is packed.
-        num_heads: of every layer.
 
     Raises:
-        ValueError: a layer has a hook, an adapter, a parametrization, or was replaced.
+        ValueError: a layer has a hook, an adapter, a parametrization, or was replaced; or layers
+            differ in more than their weights.
     """
 
-    def __init__(self, encoder: XLMRobertaEncoder, num_heads: int) -> None:
+    def __init__(self, encoder: XLMRobertaEncoder) -> None:
         super().__init__()
         for number, layer in enumerate(encoder.layer):
             _check_plain(number, layer)
+        num_heads, activation, self._eps = _common_settings(encoder)
         layers: Any = encoder.layer
         inner, hidden = layers[0].intermediate.dense.weight.shape
-        activation = layers[0].intermediate.activation
         # Whoever still holds a weight and writes to it would wait for an effect in vain.
         self._sources = [
             (weakref.ref(parameter), parameter._version, name)
@@ -73,13 +73,19 @@ class FrozenEncoder(nn.Module):
 
         Raises:
             RuntimeError: a weight was written to after it was packed.
-            ValueError: the embeddings are not plain tables, or a gradient is asked of them.
+            ValueError: the embeddings are not plain tables, have another eps than the layers, or
+                a gradient is asked of them.
         """
         self._check_sources()
         given = batch.inputs_embeds
         if not is_fused(embeddings) or (given is None and not embeddings.has_word_table()):
             raise ValueError(
                 "the embeddings have a hook or were replaced; the frozen encoder reads plain tables"
+            )
+        if embeddings.LayerNorm.eps != self._eps:
+            raise ValueError(
+                f"the embeddings' LayerNorm has eps {embeddings.LayerNorm.eps}, the layers' "
+                f"{self._eps}; the frozen encoder has one"
             )
         if given is not None and given.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"inputs_embeds requires a gradient; {_LOAD_AGAIN}")
@@ -137,6 +143,23 @@ def _check_plain(number: int, layer: Any) -> None:
         f"encoder.layer.{number} has a hook, an adapter or a parametrization, or was replaced: "
         "merge or remove it before optimize_for_inference()"
     )
+
+
+def _common_settings(encoder: XLMRobertaEncoder) -> tuple[int, str, float]:
+    """Heads, activation and LayerNorm's eps, which the frozen encoder has once for all layers."""
+    layers: Any = encoder.layer
+    found = {
+        (layer.attention.self.num_attention_heads, layer.intermediate.activation, norm.eps)
+        for layer in layers
+        for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm)
+    }
+    if len(found) != 1:
+        raise ValueError(
+            f"the layers differ in (heads, activation, eps): {sorted(found)}; the frozen encoder "
+            f"has one of each"
+        )
+    settings: tuple[int, str, float] = found.pop()
+    return settings
 
 
 def _packed_layer(layer: Any, last: bool) -> PackedLayer:

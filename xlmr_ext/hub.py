@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["AbsentFileError", "OutOfReachError", "download", "is_commit"]
+__all__ = ["AbsentFileError", "OutOfReachError", "download", "is_commit", "is_offline"]
 
 
 _DIGITS = frozenset("0123456789abcdef")
@@ -121,6 +121,13 @@ def download(
 def is_commit(revision: str) -> bool:
     """Whether a revision is a commit's hash, whose files never change."""
     return len(revision) == 40 and set(revision) <= _DIGITS
+
+
+def is_offline() -> bool:
+    """Whether the environment (``HF_HUB_OFFLINE=1``) keeps the hub's client to its cache."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _blobs(name: str, cache: Path | None) -> frozenset[str]:

@@ -7,9 +7,10 @@ that would have changed the result there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["drop_arguments", "parse_device_map"]
 
@@ -42,6 +43,7 @@ _REFUSED = {
     "offload_folder": _ONE_DEVICE,
     "proxies": "set the environment variables HTTPS_PROXY and NO_PROXY",
     "quantization_config": "quantised weights are not read, and none are made",
+    "return_unused_kwargs": "a keyword that is no argument is a setting of the configuration",
     "tp_plan": _ONE_DEVICE,
     "tp_size": _ONE_DEVICE,
     "use_auth_token": "its name is token",
@@ -75,6 +77,9 @@ def parse_device_map(device_map: object) -> torch.device:
     Raises:
         ValueError: it names several devices, or none that torch knows.
     """
+    # Imported late: the tokenizer's arguments are read without it.
+    import torch
+
     if isinstance(device_map, Mapping):
         if set(device_map) != {""}:
             raise ValueError(

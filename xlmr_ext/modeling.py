@@ -144,7 +144,7 @@ class XLMRobertaModel(PreTrainedModel):
 
     def _freeze(self) -> None:
         if not isinstance(self.encoder, FrozenEncoder):
-            self.encoder = FrozenEncoder(self.encoder, self.config.num_attention_heads)
+            self.encoder = FrozenEncoder(self.encoder)
 
     def computes_first_alone(
         self, output_attentions: bool | None, output_hidden_states: bool | None

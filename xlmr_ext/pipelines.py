@@ -27,11 +27,12 @@ from xlmr_ext.prediction import (
     longest_input,
     packed_batches,
     single_texts,
+    softmax,
     windows,
 )
 from xlmr_ext.tasks.entities import EntityRecognizer
 from xlmr_ext.tasks.question_answerer import QuestionAnswerer
-from xlmr_ext.tasks.registry import head_class, task_of_architectures
+from xlmr_ext.tasks.registry import head_class, refuse_missing, task_of_architectures
 from xlmr_ext.tasks.zero_shot import ZeroShotClassifier
 from xlmr_ext.tokenization import XLMRobertaTokenizer
 
@@ -45,6 +46,9 @@ _ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classific
 # Arguments of transformers' that choose among ways to the same result.
 _NO_EFFECT = ("framework", "num_workers", "padding", "trust_remote_code", "use_fast")
 _BATCH_SIZE = 32
+# Inputs sorted by length together: of a list, and batches of what is read as it goes.
+_WINDOW = 1024
+_WINDOW_BATCHES = 4
 
 
 class Pipeline(ABC):
@@ -152,12 +156,14 @@ class TextClassificationPipeline(Pipeline):
         top_k: number of labels, None for all.
         function_to_apply: "softmax", "sigmoid" or "none" (the logits); by default what the model's
             ``problem_type`` and number of labels ask for.
+        return_all_scores: true, without ``top_k``: a list of all labels in the model's order, as
+            transformers 4 had it.
         truncation, max_length: as the tokenizer has them. Without, a text that is too long is
             refused.
     """
 
     task = "text-classification"
-    _options = ("top_k", "function_to_apply", "truncation", "max_length")
+    _options = ("top_k", "function_to_apply", "return_all_scores", "truncation", "max_length")
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
         result = super().__call__(inputs, **options)
@@ -166,17 +172,24 @@ class TextClassificationPipeline(Pipeline):
     def _results(
         self, inputs: Iterable[Any], options: dict[str, Any], batch_size: int
     ) -> Iterator[Any]:
-        function = options.get("function_to_apply") or self._function()
+        function = _lower(options.get("function_to_apply"), self._function())
         if function not in ("softmax", "sigmoid", "none"):
             raise ValueError(
                 f"function_to_apply must be 'softmax', 'sigmoid' or 'none', got {function!r}"
             )
         labels = label_names(self.model)
-        for rows in windows(map(_text_and_pair, inputs), 1024):
+        window = _window(inputs, batch_size)
+        for rows in windows(map(_text_and_pair, inputs), window):
             pairs = None if rows[0][1] is None else [pair or "" for _, pair in rows]
             sequences = self._tokenized([text for text, _ in rows], pairs, options)
             for logits in classify(self.model, sequences, batch_size=batch_size).tolist():
                 scores = _applied(function, logits)
+                if options.get("return_all_scores") and "top_k" not in options:
+                    yield [
+                        {"label": label, "score": score}
+                        for label, score in zip(labels, scores, strict=True)
+                    ]
+                    continue
                 order = sorted(range(len(labels)), key=lambda index: -scores[index])
                 found = [{"label": labels[index], "score": scores[index]} for index in order]
                 yield found[: options["top_k"]] if "top_k" in options else found[0]
@@ -223,15 +236,16 @@ class TokenClassificationPipeline(Pipeline):
         recognizer = EntityRecognizer(
             self.model,
             self.tokenizer,
-            options.get("aggregation_strategy", "none").lower(),
+            _lower(options.get("aggregation_strategy"), "none"),
             batch_size=batch_size,
             **{name: value for name, value in chosen.items() if value is not None},
         )
+        window = _window(inputs, batch_size)
         if not options.get("is_split_into_words"):
             inputs = single_texts(inputs)
         delimiter = options.get("delimiter")
         for entities in recognizer.stream(
-            inputs, delimiter=" " if delimiter is None else delimiter
+            inputs, window=window, delimiter=" " if delimiter is None else delimiter
         ):
             yield [entity.as_dict() for entity in entities]
 
@@ -296,10 +310,12 @@ class ZeroShotClassificationPipeline(Pipeline):
     Options:
         candidate_labels: a list, or a str with commas between them.
         hypothesis_template, multi_label: see :class:`xlmr_ext.ZeroShotClassifier`.
+        truncation: of no effect, as in transformers: a text that is too long is always cut, a
+            label never.
     """
 
     task = "zero-shot-classification"
-    _options = ("candidate_labels", "hypothesis_template", "multi_label")
+    _options = ("candidate_labels", "hypothesis_template", "multi_label", "truncation")
 
     def __call__(self, inputs: Any, candidate_labels: Any = None, **options: Any) -> Any:
         if candidate_labels is not None:
@@ -312,7 +328,12 @@ class ZeroShotClassificationPipeline(Pipeline):
         if "candidate_labels" not in options:
             raise TypeError("zero-shot-classification needs candidate_labels")
         classifier = ZeroShotClassifier(self.model, self.tokenizer)
-        return classifier.stream(inputs, **options, batch_size=batch_size)
+        return classifier.stream(
+            inputs,
+            **{name: value for name, value in options.items() if name != "truncation"},
+            batch_size=batch_size,
+            window=_window(inputs, batch_size),
+        )
 
 
 class FeatureExtractionPipeline(Pipeline):
@@ -470,12 +491,7 @@ def _loaded(task: str, name: str, **options: Any) -> PreTrainedModel:
     if task not in _HEADS:
         options["add_pooling_layer"] = False
     model, loading = _class(task).from_pretrained(name, output_loading_info=True, **options)
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:3]) + ("" if len(missing) <= 3 else ", ...")
-        raise ValueError(
-            f"{name} is not trained for {task}: it lacks {len(missing)} weights, {shown}"
-        )
+    refuse_missing(loading["missing_keys"], f"{name} is not trained for {task}")
     return model.optimize_for_inference()
 
 
@@ -487,6 +503,18 @@ def _checked_model(task: str, model: Any) -> PreTrainedModel:
             f"{type(model).__module__}.{type(model).__name__}"
         )
     return model
+
+
+def _window(inputs: Iterable[Any], batch_size: int) -> int:
+    """Inputs to be sorted by length together: few of those that are still to come."""
+    return _WINDOW if isinstance(inputs, list | tuple) else _WINDOW_BATCHES * batch_size
+
+
+def _lower(choice: Any, default: str) -> Any:
+    """A name in any case, as transformers takes it; what is none is for others to refuse."""
+    if choice is None:
+        return default
+    return choice.lower() if isinstance(choice, str) else choice
 
 
 def _text_and_pair(given: Any) -> Text:
@@ -537,6 +565,4 @@ def _applied(function: str, logits: Sequence[float]) -> list[float]:
         return [
             1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x)) for x in logits
         ]
-    highest = max(logits)
-    weights = [math.exp(x - highest) for x in logits]
-    return [weight / sum(weights) for weight in weights]
+    return softmax(logits)

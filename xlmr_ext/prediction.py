@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xlmr_ext.tokenization import XLMRobertaTokenizer
 
 Text = str | tuple[str, str]
+T = TypeVar("T")
 
 # Bounds on what is held at once: characters of a window of texts, tokens of a batch.
 _WINDOW_CHARACTERS = 1 << 22
@@ -286,24 +287,46 @@ def _predict(
 
 def windows(texts: Iterable[Text], window: int) -> Iterator[list[tuple[str, str | None]]]:
     """Groups of texts of bounded number and bounded size; all with a pair, or all without."""
-    rows: list[tuple[str, str | None]] = []
-    characters = 0
-    for number, text in enumerate(texts):
-        row = _row(text, number)
-        if rows and (
-            len(rows) == window
-            or characters + len(row[0]) + len(row[1] or "") > _WINDOW_CHARACTERS
-            or (row[1] is None) != (rows[0][1] is None)
-        ):
-            yield rows
-            rows, characters = [], 0
-        rows.append(row)
-        characters += len(row[0]) + len(row[1] or "")
-        if len(rows) == window:
-            yield rows
-            rows, characters = [], 0
-    if rows:
-        yield rows
+    return groups(
+        (_row(text, number) for number, text in enumerate(texts)),
+        window,
+        lambda row: len(row[0]) + len(row[1] or ""),
+        lambda row: row[1] is None,
+    )
+
+
+def groups(
+    items: Iterable[T],
+    window: int,
+    size: Callable[[T], int],
+    kind: Callable[[T], object] | None = None,
+    *,
+    characters: int | None = None,
+) -> Iterator[list[T]]:
+    """Items in groups of bounded number and bounded size, and of one kind each.
+
+    Args:
+        window: most items of a group; a full one does not wait for the next item, which may take
+            its time.
+        size: characters that holding an item takes.
+        kind: what the items of a group have in common.
+        characters: most of a group of several items; None is 2**22.
+    """
+    most = _WINDOW_CHARACTERS if characters is None else characters
+    group: list[T] = []
+    held = 0
+    for item in items:
+        own = size(item)
+        if group and (held + own > most or (kind is not None and kind(item) != kind(group[0]))):
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += own
+        if len(group) == window:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def single_texts(texts: Iterable[Any], prefix: str = "") -> Iterator[str]:
@@ -340,10 +363,14 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
 def _prediction(
     labels: list[str], logits: Sequence[float], text: str, pair: str | None
 ) -> Prediction:
-    # In Python's floats, a row at a time: a row's score cannot depend on the rows beside it.
+    scores = dict(zip(labels, softmax(logits), strict=True))
+    best = labels[logits.index(max(logits))]
+    return Prediction(best, scores[best], scores, text, pair)
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Probabilities in Python's floats, a row at a time: they cannot depend on rows beside it."""
     highest = max(logits)
     weights = [math.exp(value - highest) for value in logits]
-    total = sum(weights)
-    scores = {label: weight / total for label, weight in zip(labels, weights, strict=True)}
-    best = labels[logits.index(highest)]
-    return Prediction(best, scores[best], scores, text, pair)
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]

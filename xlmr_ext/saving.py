@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,11 +12,12 @@ from typing import Any
 
 from xlmr_ext.configuration import CONFIG_NAME
 from xlmr_ext.files import staging
+from xlmr_ext.formats.shards import is_shard
 
 LOG_NAME = "xlmr_ext_training.json"
 
-# Of another checkpoint, these would be taken for parts of the new one, or come before them.
-_WEIGHTS = re.compile(r"model((-\d+)+-of-\d+)?\.safetensors(\.index\.json)?")
+# Of another checkpoint, these and shards would be taken for parts of the new one, or come first.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 class SaveError(RuntimeError):
@@ -48,19 +48,28 @@ def replace_checkpoint(directory: Path, write: Callable[[Path], object]) -> None
     Args:
         write: writes files that are on the disk when it returns, ``config.json`` among them.
     """
-    with staging(directory, order=[LOG_NAME, CONFIG_NAME]) as fresh:
-        write(fresh)
-        written = {path.name for path in fresh.iterdir()}
-        same = {name for name in written if _same(fresh / name, directory / name)}
-        others = {path for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)}
-        stale = [path for path in others if path.name not in written]
+    with staging(directory) as written:
+        write(written)
+        names = {path.name for path in written.iterdir()}
+        changed = sorted(n for n in names if not _same(written / n, directory / n))
+        stale = sorted(
+            path.name
+            for path in directory.iterdir()
+            if path.name not in names and (path.name in _WEIGHTS or is_shard(path.name))
+        )
         # The log only tells of the run: it makes no other model of the files beside it.
-        if stale or len(written - same - {LOG_NAME}) > 1:
-            (directory / CONFIG_NAME).unlink(missing_ok=True)
-            for path in stale:
+        parts = [name for name in changed if name not in (LOG_NAME, CONFIG_NAME)]
+        is_one_step = not stale and len({*changed} - {LOG_NAME}) <= 1
+        with staging(
+            directory,
+            # The old weights go while no config.json is there: they could come before the new ones.
+            order=[*parts, *stale, LOG_NAME, CONFIG_NAME],
+            withdraw=None if is_one_step else CONFIG_NAME,
+        ) as fresh:
+            for name in {*parts, LOG_NAME, CONFIG_NAME} & names:
+                (written / name).replace(fresh / name)
+            for path in written.iterdir():  # what is there already
                 path.unlink()
-        for name in same - {LOG_NAME, CONFIG_NAME}:
-            (fresh / name).unlink()
 
 
 def _same(new: Path, old: Path) -> bool:

@@ -198,7 +198,10 @@ class ModelSurface(nn.Module):
         Raises:
             TypeError, ValueError: a number is not a whole one or too small, the padding row would
                 go, or the embeddings were replaced by a module of another type.
+            RuntimeError: after ``optimize_for_inference()``.
         """
+        if any(isinstance(module, FrozenEncoder) for module in self.modules()):
+            refuse("resize_token_embeddings")
         words = self.get_input_embeddings()
         if new_num_tokens is None and pad_to_multiple_of is None:
             return words

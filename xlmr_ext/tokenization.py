@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from xlmr_ext.files import replace_files
+from xlmr_ext.loading import drop_arguments
 from xlmr_ext.tokenizer.added_tokens import AddedToken
 from xlmr_ext.tokenizer.batch_encoding import BatchEncoding
 from xlmr_ext.tokenizer.origins import Origins
@@ -102,7 +103,7 @@ class XLMRobertaTokenizer(TokenVocabulary):
         self.name_or_path = ""
         tokens = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         super().__init__(
-            Pieces(Path(vocab_file)),
+            Pieces(vocab_file),
             dict(zip(TOKEN_NAMES, tokens, strict=True)),
             additional_special_tokens,
             added_tokens_decoder or {},
@@ -120,6 +121,8 @@ class XLMRobertaTokenizer(TokenVocabulary):
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str = "",
         use_fast: bool = True,
         **settings: Any,
     ) -> XLMRobertaTokenizer:
@@ -128,24 +131,29 @@ class XLMRobertaTokenizer(TokenVocabulary):
         Reads ``sentencepiece.bpe.model`` (or else ``tokenizer.json``) and, where they are there,
         ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``.
         ``settings`` are the constructor's arguments and win over the files'; one that is None is
-        left to the files. ``use_fast`` changes nothing. The network is used for hub names only.
+        left to the files. ``use_fast`` changes nothing. The network is used for hub names only;
+        ``cache_dir`` to ``force_download`` are as in huggingface_hub. ``subfolder`` is the folder
+        within the model that the files lie in.
 
         Raises:
             OSError: no such directory or hub model, or it holds no vocabulary.
-            ValueError: a file is damaged or asks for what this tokenizer does not do.
+            ValueError: a file is damaged or asks for what this tokenizer does not do, or an
+                argument asks for what is not done here.
         """
-        given = {key: value for key, value in settings.items() if value is not None}
-        with tokenizer_files(
+        given = {key: value for key, value in drop_arguments(settings).items() if value is not None}
+        file, read = tokenizer_files(
             name_or_dir,
             cache_dir=cache_dir,
             revision=revision,
             token=token,
             local_files_only=local_files_only,
-        ) as (path, read):
-            try:
-                tokenizer = cls(path, **{**read, **given})
-            except ValueError as error:
-                raise ValueError(f"{os.fspath(name_or_dir)}: {error}") from error
+            force_download=force_download,
+            subfolder=subfolder,
+        )
+        try:
+            tokenizer = cls(file, **{**read, **given})
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(name_or_dir)}: {error}") from error
         tokenizer.name_or_path = os.fspath(name_or_dir)
         return tokenizer
 
@@ -292,7 +300,7 @@ class XLMRobertaTokenizer(TokenVocabulary):
             specials=add_special_tokens,
             how=truncation,
             limit=limit,
-            side=self.truncation_side,
+            side=choice("truncation_side", self.truncation_side, _SIDES),
             stride=not_negative("stride", stride),
             overflow=return_overflowing_tokens,
         )
@@ -434,7 +442,7 @@ class XLMRobertaTokenizer(TokenVocabulary):
                 specials=True,
                 how="longest_first",
                 limit=limit,
-                side=self.truncation_side,
+                side=choice("truncation_side", self.truncation_side, _SIDES),
                 stride=0,
                 overflow=False,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,6 +102,28 @@ def not_negative(text: str) -> float:
 
 def share(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+# Options that have another name in the library, by their own: what a message says, and what for it.
+_RENAMED = {
+    "tag_errors": ("errors='repair'", "--tag-errors repair"),
+    "template": ("hypothesis_template", "--template"),
+    "labels": ("candidate_labels", "--labels"),
+}
+
+
+def with_options(message: str, arguments: argparse.Namespace) -> str:
+    """A message of the library with the command's options instead of the arguments' names.
+
+    Only names of more than one word are looked for, as no sentence has them by chance; not within
+    a path or a quotation, which may be the user's own.
+    """
+    options = {name: f"--{name.replace('_', '-')}" for name in vars(arguments) if "_" in name}
+    options |= dict(_RENAMED[name] for name in vars(arguments) if name in _RENAMED)
+    for name, option in options.items():
+        pattern = rf"(?<![\w./'\"-]){re.escape(name)}(?![\w/'\"=-]|\.\w)"
+        message = re.sub(pattern, option, message)
+    return message
 
 
 def _number(

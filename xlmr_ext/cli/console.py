@@ -51,14 +51,6 @@ def hub(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def refuse_missing(name: str, loading: dict[str, Any], prefix: str, verdict: str) -> None:
-    """Weights that would be random are an error, not a guess."""
-    missing = sorted(key for key in loading["missing_keys"] if key.startswith(prefix))
-    if missing:
-        shown = ", ".join(missing[:3]) + ("" if len(missing) <= 3 else ", ...")
-        raise ValueError(f"{name} {verdict}: it lacks {len(missing)} weights, {shown}")
-
-
 def input_format(arguments: argparse.Namespace, path: str) -> Format:
     """The format of an input; bad usage (exit code 2) where it cannot serve."""
     from xlmr_ext.data import guess_format

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from xlmr_ext.cli.arguments import add_hub, add_text_format, count
 from xlmr_ext.cli.console import hub, say, use_threads
-from xlmr_ext.cli.inputs import Texts, add_input, interactive, sources, to_bytes
-from xlmr_ext.cli.outputs import is_device, opened_output, replace_output
+from xlmr_ext.cli.inputs import Texts, add_input, interactive, sources
+from xlmr_ext.cli.outputs import is_device, opened_output, replace_output, to_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ have a column of texts.
 Output:
   npy     an array of float32, a row for each text (numpy.load)
   jsonl   an object with text and embedding for each text
-A file appears when it is complete, and a failure leaves the old one."""
+A file appears when it is complete, and a failure leaves the old one; its folder must exist."""
 
 EXAMPLES = """\
 examples:

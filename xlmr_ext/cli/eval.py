@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from xlmr_ext.cli.arguments import add_hub, count
 from xlmr_ext.cli.console import use_threads
-from xlmr_ext.cli.inputs import check_paths, one_line
+from xlmr_ext.cli.inputs import check_paths
+from xlmr_ext.cli.outputs import one_line
 from xlmr_ext.cli.reporting import as_group, logged_curve, make_folder, report
 from xlmr_ext.cli.task_arguments import (
     add_task,
@@ -21,6 +22,7 @@ from xlmr_ext.cli.task_arguments import (
     check_options,
     load_to_run,
     read_task_data,
+    refuse_stdin,
     shown_metric,
     task_of_checkpoint,
     task_options,
@@ -116,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _inputs(arguments: argparse.Namespace) -> dict[str, Path]:
     """The files by their groups' names; bad usage where two have the same."""
     given = [_named(text) for text in arguments.input]
+    refuse_stdin(arguments, (path for _, path in given))
     check_paths(arguments, [str(path) for _, path in given])
     unnamed = iter(group_names([path for name, path in given if not name]))
     names = [name or next(unnamed) for name, _ in given]
@@ -184,9 +187,12 @@ def _task(arguments: argparse.Namespace, name: str) -> Task:
 
 
 def _measured(arguments: argparse.Namespace, task: Task, name: str, path: Path) -> Group:
+    from xlmr_ext.data import check_vocabulary
+
     data = task.load(read_task_data(arguments, task.name, path), str(path))
     task.adopt(data)
     features = task.features(data, training=False)
+    check_vocabulary(features.sequences, int(task.model.config.vocab_size))
     scores = task.evaluate(task.model, features, batch_size=arguments.batch_size)
     return as_group(name, len(data), scores)
 

@@ -17,6 +17,7 @@ from xlmr_ext.cli.task_arguments import (
     check_options,
     load_to_train,
     read_task_data,
+    refuse_stdin,
     shown_metrics,
     task_options,
 )
@@ -112,9 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     name: str = arguments.task or task_of_file(arguments.train)
     check_options(arguments, name)
-    for path in (arguments.train, arguments.dev):
-        if path is not None:
-            check_format(arguments, name, path)
+    paths = [path for path in (arguments.train, arguments.dev) if path is not None]
+    refuse_stdin(arguments, paths)
+    for path in paths:
+        check_format(arguments, name, path)
     threads = use_threads(arguments)
     if arguments.report is not None:
         make_folder(arguments.report)

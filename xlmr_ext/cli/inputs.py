@@ -1,4 +1,4 @@
-"""Texts that a command reads, from files or standard input, and the lines that it writes."""
+"""Texts that a command reads, from files or standard input."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeVar
 
 from xlmr_ext.cli.console import input_format
+from xlmr_ext.cli.outputs import check_output
 
 if TYPE_CHECKING:
     from xlmr_ext.data import Format, Row
@@ -42,25 +43,35 @@ def sources(arguments: argparse.Namespace, paths: list[str]) -> list[Source]:
 
 
 def check_paths(arguments: argparse.Namespace, paths: list[str]) -> None:
-    """OSError for a file that cannot be opened; bad usage where one is also ``--output``."""
+    """OSError for a file that cannot be opened, or an ``--output`` that cannot be written; bad
+    usage where it is also an input."""
     for path in paths:
         if path != "-":
             _check(arguments, path)
+    if arguments.output is not None:
+        check_output(arguments.output)
 
 
 @contextmanager
 def opened(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """A file, or standard input for -, and what messages call it."""
     if path == "-":
-        yield sys.stdin.buffer, "standard input"
+        yield standard_input(), "standard input"
         return
     with Path(path).open("rb") as stream:
         yield stream, path
 
 
+def standard_input() -> BinaryIO:
+    """Its bytes; OSError where it is closed."""
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    return sys.stdin.buffer
+
+
 def interactive(paths: list[str]) -> bool:
     """Whether a person types the texts, who waits for an answer to every line."""
-    return "-" in paths and sys.stdin.isatty()
+    return "-" in paths and sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_sources(arguments: argparse.Namespace, inputs: list[Source]) -> Iterator[Row]:
@@ -69,7 +80,7 @@ def read_sources(arguments: argparse.Namespace, inputs: list[Source]) -> Iterato
 
     for path, format in inputs:
         yield from read_rows(
-            sys.stdin.buffer if path == "-" else path,
+            standard_input() if path == "-" else path,
             format=format,
             text_column=arguments.text_column,
             pair_column=arguments.pair_column,
@@ -107,19 +118,6 @@ class Texts(Rows[str]):
 
     def __init__(self, arguments: argparse.Namespace, inputs: list[Source]) -> None:
         super().__init__(row.text for row in read_sources(arguments, inputs))
-
-
-def one_line(text: str) -> str:
-    """A text as a cell of a tsv line: tabs and line breaks become spaces."""
-    return text.translate(_SPACES)
-
-
-def to_bytes(line: str) -> bytes:
-    """UTF-8; the escape of a lone surrogate is also JSON's."""
-    return line.encode("utf-8", "backslashreplace")
-
-
-_SPACES = str.maketrans("\t\r\n", "   ")
 
 
 def _check(arguments: argparse.Namespace, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -24,8 +25,9 @@ from xlmr_ext.cli import (
     zero_shot,
 )
 from xlmr_ext.cli import eval as evaluate
-from xlmr_ext.cli.arguments import PROGRAM, Help, add_common
+from xlmr_ext.cli.arguments import PROGRAM, Help, add_common, with_options
 from xlmr_ext.cli.console import say
+from xlmr_ext.cli.outputs import PatientOutput, ReaderGone, drop_output
 
 
 class Command(Protocol):
@@ -120,28 +122,31 @@ def _run(arguments: argparse.Namespace) -> int:
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            result = COMMANDS[arguments.command].run(arguments)
+            with contextlib.redirect_stdout(cast(Any, PatientOutput(sys.stdout))):
+                result = COMMANDS[arguments.command].run(arguments)
+                sys.stdout.flush()
         except KeyboardInterrupt as stop:
             if arguments.debug:
                 traceback.print_exc()
             say(f"{stop}" or "stopped")
             return 1
-        except BrokenPipeError:
-            return _closed_pipe()
+        except ReaderGone:
+            drop_output()
+            return 0
         except Exception as error:
             if arguments.debug:
                 traceback.print_exc()
-            say(f"error: {_sentence(error)}")
+            say(f"error: {_sentence(error, arguments)}")
             return 1
         finally:
             logger.setLevel(level)
         return result
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, arguments: argparse.Namespace) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    text = " ".join(str(error).split())
+    text = with_options(" ".join(str(error).split()), arguments)
     expected = (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError)
     if text and isinstance(error, expected):
         return text
@@ -150,13 +155,3 @@ def _sentence(error: Exception) -> str:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     say(f"warning: {' '.join(str(message).split())}")
-
-
-def _closed_pipe() -> int:
-    """The reader has what it wanted (`| head`); the interpreter must not flush into the pipe."""
-    try:
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass
-    return 0

@@ -11,21 +11,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from xlmr_ext.cli.arguments import TEXT_FORMATS, add_columns, add_hub, count, count_or_zero
+from xlmr_ext.cli.arguments import TEXT_FORMATS, add_columns, add_hub, count
 from xlmr_ext.cli.console import input_format, say, use_threads
-from xlmr_ext.cli.inputs import (
-    Rows,
-    T,
-    add_input,
-    check_paths,
-    interactive,
+from xlmr_ext.cli.inputs import Rows, T, add_input, check_paths, interactive, opened, read_sources
+from xlmr_ext.cli.outputs import (
+    add_output,
+    format_of,
+    is_device,
     one_line,
-    opened,
-    read_sources,
+    opened_output,
+    replace_output,
     to_bytes,
+    write_stream,
 )
-from xlmr_ext.cli.outputs import is_device, opened_output, replace_output
 from xlmr_ext.cli.task_arguments import (
+    add_option,
     add_task_name,
     load_to_run,
     refuse_others,
@@ -34,6 +34,7 @@ from xlmr_ext.cli.task_arguments import (
 from xlmr_ext.tasks.registry import task_of_file
 
 if TYPE_CHECKING:
+    from xlmr_ext.data import Row
     from xlmr_ext.prediction import Prediction
     from xlmr_ext.tasks.choice import ChoiceQuestion
     from xlmr_ext.tasks.entities import Entity
@@ -110,11 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--model", metavar="DIR", required=True, help="directory or hub name")
     add_task_name(data, "what the model's head is for")
     add_input(data)
-    data.add_argument("--output", metavar="FILE", type=Path, help="instead of standard output")
+    add_output(data)
     data.add_argument(
         "--format",
         choices=tuple(dict.fromkeys(name for names in _OUTPUTS.values() for name in names)),
-        help="of the output (default: tsv, or jsonl for qa and choice)",
+        help="of the output (default: by the suffix, else tsv, or jsonl for qa and choice)",
     )
     add_columns(data, label_default=None, formats=(*TEXT_FORMATS, "iob2", "json"))
     tokens = parser.add_argument_group("--task tokens")
@@ -125,31 +126,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words, by their first token, their mean or their surest token; none: every token by "
         "itself (default: simple)",
     )
-    tokens.add_argument(
-        "--stride",
-        metavar="N",
-        type=count_or_zero,
-        help="tokens that two windows of a long text share (default: a quarter of --max-length)",
-    )
-    tokens.add_argument(
-        "--token-column",
-        metavar="N",
-        type=count,
-        help="column of the words of .iob2, from 1 (default: told by the file)",
-    )
+    for name in ("stride", "token_column"):
+        add_option(tokens, "tokens", name)
     answers = parser.add_argument_group("--task qa")
-    answers.add_argument(
-        "--doc-stride",
-        metavar="N",
-        type=count_or_zero,
-        help="tokens that two windows of a context share (default: 128)",
-    )
-    answers.add_argument(
-        "--max-answer-length",
-        metavar="N",
-        type=count,
-        help="tokens of the longest answer (default: 30)",
-    )
+    for name in ("doc_stride", "max_answer_length"):
+        add_option(answers, "qa", name)
     answers.add_argument(
         "--no-answer",
         action="store_true",
@@ -188,19 +169,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "squad":
         _write_answers(arguments.output, job)
         return 0
-    written = 0
-    try:
-        with opened_output(arguments.output) as output:
-            output.write(job.header.encode())
-            for line in job.lines:
-                output.write(to_bytes(line))
-                written += 1
-                if not job.rows.waiting:
-                    output.flush()
-            output.flush()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped after {written} rows were written") from None
-    job.rows.finish(written)
+    write_stream(
+        arguments.output,
+        job.rows,
+        job.lines,
+        header=job.header,
+        flush=lambda: not job.rows.waiting,
+    )
     if job.verdict is not None:
         say(job.verdict())
     return 0
@@ -235,7 +210,9 @@ def _check_task(arguments: argparse.Namespace, task: str, formats: Iterable[str 
                 f"{path} is {found}, and {task} reads {', '.join(_INPUTS[task])} (--input-format "
                 "tells another format than the suffix does)"
             )
-    arguments.format = arguments.format or _OUTPUTS[task][0]
+    arguments.format = (
+        arguments.format or format_of(arguments.output, _OUTPUTS[task]) or _OUTPUTS[task][0]
+    )
     if arguments.format not in _OUTPUTS[task]:
         parser.error(
             f"--format {arguments.format} is not one of {task}: {', '.join(_OUTPUTS[task])}"
@@ -277,7 +254,7 @@ class _Job(NamedTuple):
 def _classification(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> _Job:
     from xlmr_ext.prediction import predict
 
-    rows = _Asked(read_sources(arguments, arguments.sources))
+    rows = _Asked(_labelled(arguments, model))
     predictions = predict(
         model,
         tokenizer,
@@ -302,6 +279,33 @@ def _classification(arguments: argparse.Namespace, model: Any, tokenizer: Any) -
         f"label\tscore\ttext{pair}\n" if arguments.format == "tsv" else "",
         None if arguments.label_column is None else lambda: _verdict(counts),
     )
+
+
+def _labelled(arguments: argparse.Namespace, model: Any) -> Iterator[Row]:
+    """The rows of the inputs; their labels, where they have some, are the model's.
+
+    As `eval` has it, a file's labels may be numbers where the model has no names for its own; here
+    the first row of a file decides. DataError for a label that the model does not have.
+    """
+    from xlmr_ext.data import unknown_label
+    from xlmr_ext.prediction import classifier_labels
+    from xlmr_ext.tasks.classification import label_numbers
+
+    names = classifier_labels(model)
+    for path, format in arguments.sources:
+        known: dict[str, str] = {}
+        for row in read_sources(arguments, [(path, format)]):
+            if row.label is None:
+                yield row
+                continue
+            if not known:
+                numbers = label_numbers(names)
+                chosen = numbers if row.label in numbers else names
+                known = dict(zip(chosen, names, strict=True))
+            if row.label not in known:
+                where = f"{'standard input' if path == '-' else path}:{row.line}"
+                raise unknown_label(where, row.label, list(known))
+            yield row._replace(label=known[row.label])
 
 
 def _verdict(counts: Mapping[tuple[str, str], int]) -> str:
@@ -419,7 +423,7 @@ def _qa(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> _Job:
         batch_size=min(arguments.batch_size, arguments.window),
         **options,
     )
-    rows = _Asked(_questions(arguments))
+    rows = _Asked(answerer.checked(_questions(arguments)))
     answers = rows.with_answers(answerer.stream(rows))
     if arguments.format == "squad":
         return _Job(rows, _members(answers))

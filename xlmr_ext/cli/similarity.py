@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from xlmr_ext.cli.arguments import add_hub, add_text_format, count
 from xlmr_ext.cli.console import use_threads
 from xlmr_ext.cli.embed import add_encoder, encode, load_encoder
-from xlmr_ext.cli.inputs import Texts, one_line, read_sources, sources, to_bytes
+from xlmr_ext.cli.inputs import Rows, Texts, read_sources, sources
+from xlmr_ext.cli.outputs import one_line, opened_output, to_bytes, write_stream
 
 if TYPE_CHECKING:
     from xlmr_ext.tasks.embeddings import SentenceEncoder
@@ -39,6 +39,8 @@ examples:
   xlmr-ext similarity --model intfloat/multilingual-e5-small --queries q.txt --corpus docs.txt \\
       --prefix "query: " --corpus-prefix "passage: " --top-k 5"""
 
+_MEASURES = ("cosine", "dot")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--pair-column", metavar="NAME", help="holds the second text of a pair")
     data.add_argument("--top-k", metavar="N", type=count, default=10, help="nearest a query")
     data.add_argument(
-        "--measure", choices=("cosine", "dot"), help="(default: what the folder says, else cosine)"
+        "--measure", choices=_MEASURES, help="(default: what the folder says, else cosine)"
     )
     data.add_argument("--json", action="store_true", help="for programs")
     add_encoder(parser)
@@ -83,13 +85,19 @@ def run(arguments: argparse.Namespace) -> int:
     use_threads(arguments)
     encoder = load_encoder(arguments)
     measure = arguments.measure or encoder.similarity_name
+    if measure not in _MEASURES:
+        raise ValueError(
+            f"{arguments.model} compares texts by {measure!r}, which is not computed here: choose "
+            "--measure cosine or dot"
+        )
     if search:
-        _search(arguments, encoder, measure, *(Texts(arguments, [source]) for source in inputs))
+        queries, corpus = (Texts(arguments, [source]) for source in inputs)
+        _write(_search(arguments, encoder, measure, queries, corpus))
     elif arguments.pair_column is not None:
         _pairs(arguments, encoder, measure, inputs)
     else:
-        _matrix(arguments, encoder, measure, arguments.texts or Texts(arguments, inputs))
-    sys.stdout.buffer.flush()
+        texts = arguments.texts or Texts(arguments, inputs)
+        _write(_matrix(arguments, encoder, measure, texts))
     return 0
 
 
@@ -106,8 +114,8 @@ def _encode(
 
 def _matrix(
     arguments: argparse.Namespace, encoder: SentenceEncoder, measure: str, texts: Any
-) -> None:
-    """Each text with each later one; a matrix of all for programs."""
+) -> Iterator[str]:
+    """Lines: each text with each later one; a matrix of all for programs."""
     import numpy as np
 
     from xlmr_ext.tasks.embeddings import similarity
@@ -119,18 +127,18 @@ def _matrix(
     vectors = np.array([vector for _, vector in found], np.float32)
     vectors = vectors.reshape(len(found), encoder.dimension)
     if not arguments.json:
-        _write("score\trow\ttext\tother row\tother text")
+        yield "score\trow\ttext\tother row\tother text\n"
         for row, text in enumerate(names):
             scores = similarity(vectors[row], vectors[row + 1 :], measure)[0]
             for other, score in enumerate(scores.tolist(), row + 1):
-                _write(_cells(score, row + 1, text, other + 1, names[other]))
+                yield _cells(score, row + 1, text, other + 1, names[other]) + "\n"
         return
-    _write(f'{{"texts": {json.dumps(names, ensure_ascii=False)}, "scores": [', end="")
+    yield f'{{"texts": {json.dumps(names, ensure_ascii=False)}, "scores": ['
     for row in range(len(names)):
         scores = similarity(vectors[row], vectors, measure)[0]
         shown = ", ".join(f"{score:.6f}" for score in scores.tolist())
-        _write(f"{', ' if row else ''}[{shown}]", end="")
-    _write("]}")
+        yield f"{', ' if row else ''}[{shown}]"
+    yield "]}\n"
 
 
 def _pairs(
@@ -139,20 +147,24 @@ def _pairs(
     """The two texts of each row."""
     from xlmr_ext.tasks.embeddings import pairwise_similarity
 
+    rows = Rows(read_sources(arguments, inputs))
+
     def texts() -> Iterator[str]:
-        for row in read_sources(arguments, inputs):
+        for row in rows:
             yield row.text
             yield row.pair or ""
 
-    if not arguments.json:
-        _write("score\ttext\tpair")
-    rows = _encode(arguments, encoder, texts())
-    for (text, first), (pair, second) in zip(rows, rows, strict=False):
-        score = float(pairwise_similarity(first, second, measure)[0])
-        if arguments.json:
-            _write(_json({"text": text, "pair": pair, "score": round(score, 6)}))
-        else:
-            _write(_cells(score, text, pair))
+    def lines() -> Iterator[str]:
+        found = _encode(arguments, encoder, texts())
+        for (text, first), (pair, second) in zip(found, found, strict=False):
+            score = float(pairwise_similarity(first, second, measure)[0])
+            if arguments.json:
+                yield _json({"text": text, "pair": pair, "score": round(score, 6)}) + "\n"
+            else:
+                yield _cells(score, text, pair) + "\n"
+
+    header = "" if arguments.json else "score\ttext\tpair\n"
+    write_stream(None, rows, lines(), header=header, flush=lambda: False)
 
 
 def _search(
@@ -161,17 +173,15 @@ def _search(
     measure: str,
     queries: Texts,
     corpus: Texts,
-) -> None:
-    """The nearest texts of the corpus to each query."""
+) -> Iterator[str]:
+    """Lines: the nearest texts of the corpus to each query."""
     import numpy as np
 
     from xlmr_ext.tasks.embeddings import Nearest
 
     asked = list(_encode(arguments, encoder, queries))
     queries.finish(0)
-    if not asked:
-        name = "standard input" if arguments.queries == "-" else arguments.queries
-        raise ValueError(f"{name} has no texts")
+    _refuse_empty(arguments.queries, len(asked))
     nearest = Nearest([vector for _, vector in asked], arguments.top_k, measure)
     texts: dict[int, str] = {}
     rows = _encode(arguments, encoder, corpus, corpus=True)
@@ -180,8 +190,9 @@ def _search(
         nearest.add([vector for _, vector in block])
         texts = {int(row): texts[int(row)] for row in np.unique(nearest.rows)}
     corpus.finish(0)
+    _refuse_empty(arguments.corpus, nearest.count)
     if not arguments.json:
-        _write("query\trank\tscore\trow\ttext")
+        yield "query\trank\tscore\trow\ttext\n"
     for (query, _), near, scores in zip(
         asked, nearest.rows.tolist(), nearest.scores.tolist(), strict=True
     ):
@@ -190,11 +201,16 @@ def _search(
             for row, score in zip(near, scores, strict=True)
         ]
         if arguments.json:
-            _write(_json({"query": query, "results": results}))
+            yield _json({"query": query, "results": results}) + "\n"
             continue
         for rank, result in enumerate(results, 1):
             cells = (rank, f"{result['score']:.6f}", result["row"], one_line(result["text"]))
-            _write("\t".join([one_line(query), *map(str, cells)]))
+            yield "\t".join([one_line(query), *map(str, cells)]) + "\n"
+
+
+def _refuse_empty(path: str, count: int) -> None:
+    if not count:
+        raise ValueError(f"{'standard input' if path == '-' else path} has no texts")
 
 
 def _cells(score: float, *rest: str | int) -> str:
@@ -205,5 +221,8 @@ def _json(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def _write(line: str, end: str = "\n") -> None:
-    sys.stdout.buffer.write(to_bytes(line + end))
+def _write(pieces: Iterator[str]) -> None:
+    with opened_output(None) as output:
+        for piece in pieces:
+            output.write(to_bytes(piece))
+        output.flush()

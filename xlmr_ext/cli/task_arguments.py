@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlmr_ext.cli.arguments import PROGRAM, add_columns, count, count_or_zero
-from xlmr_ext.cli.console import hub, input_format, refuse_missing
+from xlmr_ext.cli.console import hub, input_format
 from xlmr_ext.report import metric_title
-from xlmr_ext.tasks.registry import TASKS, task_of_architectures
+from xlmr_ext.tasks.registry import TASKS, refuse_missing, task_of_architectures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from xlmr_ext.pretrained import PreTrainedModel
     from xlmr_ext.tokenization import XLMRobertaTokenizer
@@ -65,13 +65,19 @@ def add_task(parser: argparse.ArgumentParser, group: Any, default: str) -> None:
     add_columns(parser.add_argument_group("--task classification"), label_default="label")
     for task, options in _OPTIONS.items():
         own = parser.add_argument_group(f"--task {task}")
-        for name, option in options.items():
-            more: dict[str, Any] = (
-                {"metavar": "N", "type": option.kind}
-                if option.choices is None
-                else {"choices": option.choices}
-            )
-            own.add_argument(_flag(name), help=option.help, **more)
+        for name in options:
+            add_option(own, task, name)
+
+
+def add_option(group: Any, task: str, name: str) -> None:
+    """One of the options that only this task has."""
+    option = _OPTIONS[task][name]
+    more: dict[str, Any] = (
+        {"metavar": "N", "type": option.kind}
+        if option.choices is None
+        else {"choices": option.choices}
+    )
+    group.add_argument(_flag(name), help=option.help, **more)
 
 
 def add_task_name(group: Any, default: str) -> None:
@@ -120,8 +126,14 @@ def check_format(arguments: argparse.Namespace, task: str, path: Path) -> None:
         input_format(arguments, str(path))
 
 
+def refuse_stdin(arguments: argparse.Namespace, paths: Iterable[Path]) -> None:
+    """Bad usage (exit code 2) where a file that is read as a whole is -, standard input."""
+    if Path("-") in paths:
+        arguments.parser.error("standard input cannot be read here: give a file")
+
+
 def read_task_data(arguments: argparse.Namespace, task: str, path: Path) -> Any:
-    """The data of a file, by the task's reader and its options."""
+    """The data of a file, by the task's reader and its options; ValueError where it is empty."""
     from xlmr_ext.tasks.registry import read_data
 
     if task == "classification":
@@ -134,7 +146,10 @@ def read_task_data(arguments: argparse.Namespace, task: str, path: Path) -> Any:
             label_column=arguments.label_column,
             errors=arguments.encoding_errors,
         )
-    return read_data(task, path, **_given(arguments, task, of_reader=True))
+    data = read_data(task, path, **_given(arguments, task, of_reader=True))
+    if not len(data):
+        raise ValueError(f"{path} has no rows")
+    return data
 
 
 def task_options(arguments: argparse.Namespace, task: str) -> dict[str, Any]:
@@ -177,17 +192,15 @@ def load_to_train(
     )
     new = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
     # The pooler is a part of the head: many checkpoints come without.
-    lacking = sorted(
-        name
-        for name in new
-        if name.startswith("roberta.") and not name.startswith("roberta.pooler.")
+    refuse_missing(
+        (
+            name
+            for name in new
+            if name.startswith("roberta.") and not name.startswith("roberta.pooler.")
+        ),
+        f"{arguments.model} is no XLM-R checkpoint",
+        " of the sizes that its config says",
     )
-    if lacking:
-        shown = ", ".join(lacking[:3]) + ("" if len(lacking) <= 3 else ", ...")
-        raise ValueError(
-            f"{arguments.model} is no XLM-R checkpoint: it lacks {len(lacking)} weights of the "
-            f"sizes that its config says, {shown}"
-        )
     return model, XLMRobertaTokenizer.from_pretrained(arguments.model, **where), bool(new)
 
 
@@ -207,7 +220,9 @@ def load_to_run(
         if task == "classification"
         else f"has no trained head for {task}"
     )
-    refuse_missing(arguments.model, loading, "", f"{what} (make one: {PROGRAM} finetune)")
+    refuse_missing(
+        loading["missing_keys"], f"{arguments.model} {what} (make one: {PROGRAM} finetune)"
+    )
     model.optimize_for_inference()
     return model, XLMRobertaTokenizer.from_pretrained(arguments.model, **where)
 

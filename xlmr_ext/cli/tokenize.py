@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
+from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from xlmr_ext.cli.arguments import add_hub, add_text_format, count
 from xlmr_ext.cli.console import hub
-from xlmr_ext.cli.inputs import Rows, add_input, interactive, read_sources, sources, to_bytes
+from xlmr_ext.cli.inputs import Rows, add_input, interactive, read_sources, sources
+from xlmr_ext.cli.outputs import add_output, write_stream
 
 if TYPE_CHECKING:
     from xlmr_ext.data import Row
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--model", metavar="NAME", required=True, help="directory or hub name")
     add_input(data)
-    data.add_argument("--output", metavar="FILE", type=Path, help="instead of standard output")
+    add_output(data)
     form = data.add_mutually_exclusive_group()
     form.add_argument("--ids", action="store_true", help="numbers instead of tokens")
     form.add_argument("--json", action="store_true", help="an object a line: everything")
@@ -71,20 +70,16 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = XLMRobertaTokenizer.from_pretrained(arguments.model, **hub(arguments))
     rows: Rows[Row] = Rows(read_sources(arguments, inputs))
     size = 1 if interactive(arguments.input) else _WINDOW
-    written = 0
-    with ExitStack() as stack:
-        output: BinaryIO = (
-            sys.stdout.buffer
-            if arguments.output is None
-            else stack.enter_context(arguments.output.open("wb"))
-        )
+    waiting: deque[str] = deque()
+
+    def lines() -> Iterator[str]:
         source = iter(rows)
         while window := list(itertools.islice(source, size)):
-            for line in _lines(tokenizer, window, arguments):
-                output.write(to_bytes(line + "\n"))
-            written += len(window)
-            output.flush()
-    rows.finish(written)
+            waiting.extend(_lines(tokenizer, window, arguments))
+            while waiting:
+                yield waiting.popleft() + "\n"
+
+    write_stream(arguments.output, rows, lines(), flush=lambda: not waiting)
     return 0
 
 

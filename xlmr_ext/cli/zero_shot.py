@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xlmr_ext.cli.arguments import add_hub, add_text_format, count
-from xlmr_ext.cli.console import hub, refuse_missing, use_threads
-from xlmr_ext.cli.inputs import Texts, add_input, interactive, one_line, sources, to_bytes
-from xlmr_ext.cli.outputs import opened_output
+from xlmr_ext.cli.console import hub, use_threads
+from xlmr_ext.cli.inputs import Texts, add_input, interactive, sources
+from xlmr_ext.cli.outputs import add_output, format_of, one_line, write_stream
+from xlmr_ext.tasks.hypotheses import TEMPLATE, fill_template, parse_labels
 
 if TYPE_CHECKING:
     from xlmr_ext.tasks.zero_shot import ZeroShotClassifier, ZeroShotResult
@@ -34,17 +34,24 @@ examples:
   xlmr-ext zero-shot --model ./nli --labels "urgent,phone,refund" --multi-label \\
       --template "This message is about {}." --input mails.csv --format jsonl"""
 
+_FORMATS = ("tsv", "jsonl")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--model", metavar="DIR", required=True, help="directory or hub name")
     data.add_argument(
-        "--labels", metavar="A,B,...", required=True, help="candidate labels, with commas between"
+        "--labels",
+        metavar="A,B,...",
+        type=_labels,
+        required=True,
+        help="candidate labels, with commas between",
     )
     data.add_argument(
         "--template",
         metavar="TEXT",
-        default="This example is {}.",
+        type=_template,
+        default=TEMPLATE,
         help="the hypothesis, with {} where the label goes",
     )
     data.add_argument(
@@ -56,8 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model's label for entailment (default: the one that begins with entail)",
     )
     add_input(data)
-    data.add_argument("--output", metavar="FILE", type=Path, help="instead of standard output")
-    data.add_argument("--format", choices=("tsv", "jsonl"), default="tsv", help="of the output")
+    add_output(data)
+    data.add_argument(
+        "--format", choices=_FORMATS, help="of the output (default: by the suffix, else tsv)"
+    )
     add_text_format(data)
     size = parser.add_argument_group("size")
     size.add_argument(
@@ -75,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     inputs = sources(arguments, arguments.input)
+    format = arguments.format or format_of(arguments.output, _FORMATS) or "tsv"
     use_threads(arguments)
     classifier = _load(arguments)
     texts = Texts(arguments, inputs)
@@ -87,32 +97,45 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         **({"window": 1} if at_once else {}),
     )
-    written = 0
-    try:
-        with opened_output(arguments.output) as output:
-            if arguments.format == "tsv":
-                output.write(b"label\tscore\ttext\n")
-            for result in results:
-                output.write(to_bytes(_line(result, arguments.format)))
-                written += 1
-                if at_once:
-                    output.flush()
-            output.flush()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped after {written} rows were written") from None
-    texts.finish(written)
+    write_stream(
+        arguments.output,
+        texts,
+        (_line(result, format) for result in results),
+        header="label\tscore\ttext\n" if format == "tsv" else "",
+        flush=lambda: at_once,
+    )
     return 0
+
+
+def _labels(text: str) -> list[str]:
+    try:
+        return parse_labels(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected labels with commas between them, got {text!r}"
+        ) from None
+
+
+def _template(text: str) -> str:
+    try:
+        fill_template(text, ["label"])
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a text with {{}} where the label goes, got {text!r}"
+        ) from None
+    return text
 
 
 def _load(arguments: argparse.Namespace) -> ZeroShotClassifier:
     from xlmr_ext import XLMRobertaForSequenceClassification, XLMRobertaTokenizer
+    from xlmr_ext.tasks.registry import refuse_missing
     from xlmr_ext.tasks.zero_shot import ZeroShotClassifier
 
     where = hub(arguments)
     model, loading = XLMRobertaForSequenceClassification.from_pretrained(
         arguments.model, output_loading_info=True, **where
     )
-    refuse_missing(arguments.model, loading, "", "is no trained classifier")
+    refuse_missing(loading["missing_keys"], f"{arguments.model} is no trained classifier")
     return ZeroShotClassifier(
         model.optimize_for_inference(),
         XLMRobertaTokenizer.from_pretrained(arguments.model, **where),

@@ -17,6 +17,7 @@ from xlmr_ext.demo.sentences import (
     training_sentences,
 )
 from xlmr_ext.demo.weights import ensure_checkpoint
+from xlmr_ext.tasks.registry import refuse_missing
 
 if TYPE_CHECKING:
     from xlmr_ext.heads import XLMRobertaForSequenceClassification
@@ -143,11 +144,10 @@ def _load(
         ignore_mismatched_sizes=True,  # the head of a classifier for something else
         output_loading_info=True,
     )
-    missing = sorted(key for key in loading["missing_keys"] if key.startswith("roberta."))
-    if missing:
-        raise ValueError(
-            f"{name} is no XLM-R checkpoint: it lacks {len(missing)} weights, {missing[0]}"
-        )
+    refuse_missing(
+        (key for key in loading["missing_keys"] if key.startswith("roberta.")),
+        f"{name} is no XLM-R checkpoint",
+    )
     return classifier, XLMRobertaTokenizer.from_pretrained(name)
 
 

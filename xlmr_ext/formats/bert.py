@@ -123,8 +123,9 @@ def rename_bert(names: Collection[str], architecture: str | None = None) -> dict
 
     Args:
         names: the file's entries, with or without ``bert.`` in front.
-        architecture: the class that the config names first. Needed for a multiple choice model
-            alone, whose entries are those of a sequence classifier.
+        architecture: the class that the config names first. Other heads have a ``classifier`` too
+            and may lie beside a pooler, which is none of theirs; None: a pooler and a
+            ``classifier`` are taken for a sequence classifier.
 
     Raises:
         ValueError: two entries are the same one.
@@ -133,7 +134,7 @@ def rename_bert(names: Collection[str], architecture: str | None = None) -> dict
     is_sequence_classifier = (
         has_pooler
         and "classifier.weight" in names
-        and not (architecture or "").endswith("ForMultipleChoice")
+        and (architecture is None or architecture.endswith("ForSequenceClassification"))
     )
     renamed: dict[str, str] = {}
     owner: dict[str, str] = {}

@@ -8,7 +8,6 @@ not known here changes a vector there, so it is refused.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from xlmr_ext.files import first_file, leads_out, pinned, resolve_files
 from xlmr_ext.formats.weights_file import SafetensorsFile, WeightsFile, open_torch_weights
+from xlmr_ext.json_files import read_json
 
 __all__ = ["POOLING_MODES", "DenseWeights", "SentenceTransformerFolder", "read_folder"]
 
@@ -204,7 +204,7 @@ def _relative(where: str, path: Any) -> str:
 def _tokenizer(source: _Source, folder: str) -> str | Path:
     if folder == ".":
         return os.fspath(source.name)
-    # Brought here, as the tokenizer knows no folders within a hub model.
+    # Brought here, so that one path tells where it is.
     vocabulary = source.need(folder, *_VOCABULARIES)
     settings = [str(PurePosixPath(folder) / name) for name in _TOKENIZER_SETTINGS]
     resolve_files(source.name, (), optional=settings, **source.hub)
@@ -271,7 +271,7 @@ def _tensors(
 
 
 def _check_normalize(source: _Source, path: str) -> None:
-    # Few models have it, so the hub's absence is no reason to stop.
+    # Few models have it.
     name = str(PurePosixPath(path) / "config.json")
     found = resolve_files(source.name, (), optional=(name,), **source.hub)
     if name not in found:
@@ -337,16 +337,7 @@ def _prompts(file: Path | None) -> dict[str, Any]:
 
 
 def _read_json(file: Path, kind: type) -> Any:
-    size = file.stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise ValueError(f"{file}: {size} bytes is too large for a file of settings")
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{file}: expected a JSON {kind.__name__}, found {type(value).__name__}")
-    return value
+    return read_json(file, kind, max_bytes=_MAX_JSON_BYTES)
 
 
 def _refuse_unknown(where: str | Path, config: Mapping[str, Any], known: Collection[str]) -> None:

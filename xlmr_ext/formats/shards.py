@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -23,10 +22,16 @@ from xlmr_ext.formats.weights_file import (
     open_torch_weights,
     refuse_duplicates,
 )
+from xlmr_ext.json_files import read_json
 
-__all__ = ["ShardIndex", "ShardedWeights", "read_index", "split_into_shards"]
+__all__ = ["ShardIndex", "ShardedWeights", "is_shard", "read_index", "split_into_shards"]
 
-_MAX_BYTES = 2**26
+
+def is_shard(name: str, variant: str | None = None) -> bool:
+    """Whether a file's name is one that :func:`split_into_shards`, or transformers, gives a shard
+    of ``model.safetensors`` (with a variant: of ``model.<variant>.safetensors``)."""
+    middle = "" if variant is None else re.escape(f".{variant}")
+    return bool(re.fullmatch(rf"model(-\d+)?{middle}-\d{{5}}-of-\d{{5}}\.safetensors", name))
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,7 @@ def read_index(path: Path) -> ShardIndex:
         OSError: it cannot be read.
         ValueError: it is not an index; the message names it and the entry.
     """
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise ValueError(f"{path}: {size} bytes is too large for an index of weights")
-    try:
-        content: Any = json.loads(path.read_bytes(), object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not an index of weights: {error}") from None
+    content = read_json(path, what="an index of weights", pairs=refuse_duplicates)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: not an index of weights: it has no weight_map with entries")

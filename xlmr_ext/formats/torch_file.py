@@ -2,14 +2,14 @@
 
 A pickle is a program. ``torch.load(weights_only=True)`` runs it on a machine that knows tensors,
 containers and the classes named to it, and nothing else. What it does not check is sizes: a file
-of a kilobyte may announce a tensor of a terabyte, as a storage, or as a stride of 0. So a file is
-read twice, the first time for its outline: shapes and no data.
+of a kilobyte may ask for a bytearray of a terabyte, or announce a tensor of one, as a storage, or
+as a stride of 0. So a file is read three times: for the names in its pickle and the sizes of its
+storages, for its outline (shapes and no data), and for its content.
 """
 
 from __future__ import annotations
 
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlmr_ext.formats.pickle_scan import NotDataError, scan_pickle
+
 __all__ = ["read_torch_file"]
 
-_REFUSED = re.compile(r"GLOBAL (\S+)")
+# Before torch 1.6: a magic number, the version, the system, the content, the storages' keys.
+_LEGACY_PICKLES = 5
 
 
 def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
@@ -36,7 +39,7 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
     Raises:
         OSError: the file cannot be read.
         ValueError: not such a file, damaged, asking for anything but data, or with a tensor larger
-            than the file.
+            than the file or its part of it.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -44,24 +47,29 @@ def read_torch_file(path: Path, allowed: Sequence[type] = ()) -> Any:
     if head == b"version ":
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself (git lfs pull)")
     zipped = head.startswith(b"PK\x03\x04")
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in allowed]
     try:
         if zipped:
             _refuse_compressed(path)
+            _scan_archive(path, names)
+        else:
+            with path.open("rb") as file:
+                for _ in range(_LEGACY_PICKLES):
+                    scan_pickle(file, names)
         with torch.serialization.safe_globals(list(allowed)):
             with torch.serialization.skip_data():
                 outline = torch.load(path, map_location="meta", weights_only=True)
             for name, tensor in _tensors(outline):
                 _check(name, tensor, size)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        refused = _REFUSED.search(str(error))
-        if refused is None:
-            raise ValueError(
-                f"{path}: not a usable torch file: its pickle is damaged or more than data"
-            ) from None
+    except NotDataError as error:
         raise ValueError(
-            f"{path}: asks for {refused[1]}, which is not data; nothing of it was run (only "
+            f"{path}: asks for {error}, which is not data; nothing of it was run (only "
             "tensors, numbers, strings and containers are read)"
+        ) from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: not a usable torch file: its pickle is damaged or more than data"
         ) from None
     except OSError as error:
         if error.errno is not None:
@@ -78,6 +86,23 @@ def _refuse_compressed(path: Path) -> None:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                 raise ValueError(f"its part {entry.filename} is compressed")
+
+
+def _scan_archive(path: Path, allowed: Sequence[str]) -> None:
+    """Every storage is as long as its own part of the archive, and the pickle names data alone.
+
+    The parts are those that torch's reader finds: other readers may see others in a forged file.
+    """
+    reader = torch._C.PyTorchFileReader(str(path))
+
+    def check(key: str, announced: int) -> None:
+        there = reader.get_record_size(f"data/{key}") if announced else 0
+        if there != announced:
+            raise ValueError(
+                f"its part data/{key[:80]} has {there} bytes; its pickle announces {announced}"
+            )
+
+    scan_pickle(reader.get_record("data.pkl"), allowed, check)
 
 
 def _tensors(outline: Any) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xlmr_ext.data import DataError
 from xlmr_ext.prediction import check_finite, in_eval_mode, packed_batches
 
 if TYPE_CHECKING:
@@ -110,16 +111,16 @@ class QuestionWindows:
         """The token ids of each window, in order.
 
         Raises:
-            ValueError: the context has no token with a text, or the question leaves no room for
+            DataError: the context has no token with a text, or the question leaves no room for
                 it; the message begins with ``question.where``.
         """
         asked, _ = self._tokenize(question.question.lstrip())
         total = len(context.ids)
         if not (context.starts < context.ends).any():
-            raise ValueError(f"{question.where}: the context {context.text[:40]!r} has no token")
+            raise DataError(f"{question.where}: the context {context.text[:40]!r} has no token")
         room = self._max_length - _SPECIALS - len(asked)
         if room < 1 or (room <= self._doc_stride and room < total):
-            raise ValueError(
+            raise DataError(
                 f"{question.where}: the question has {len(asked)} tokens, which leaves "
                 f"{max(room, 0)} of {self._max_length} for a context of {total} and an overlap of "
                 f"{self._doc_stride}; shorten it, raise max_length or lower doc_stride"

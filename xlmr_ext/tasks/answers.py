@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from xlmr_ext.data import check_vocabulary
 from xlmr_ext.tasks.answer_spans import (
     Answer,
     Context,
@@ -110,7 +109,6 @@ class QATask(Task):
                 sequences.append(row)
                 targets.append(_target(question, contexts[-1], window))
                 windows.append((number, window))
-        check_vocabulary(sequences, int(self.model.config.vocab_size))
         return AnswerFeatures(
             sequences, targets, questions=data, contexts=contexts, windows=windows
         )

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from xlmr_ext.data import DataError, check_vocabulary, encode, json_objects, kind_of, text_lines
-from xlmr_ext.prediction import check_finite, check_max_length, in_eval_mode, packed_batches
+from xlmr_ext.prediction import (
+    check_finite,
+    check_max_length,
+    groups,
+    in_eval_mode,
+    packed_batches,
+)
 from xlmr_ext.tasks.base import Features, Scores, Task
 
 if TYPE_CHECKING:
@@ -234,19 +240,15 @@ class ChoiceAnswerer:
     def answers(self, questions: Iterable[ChoiceQuestion], window: int = 256) -> Iterator[Choice]:
         """Answers questions as they come, in order, holding ``window`` of them in memory.
 
-        The number of choices may differ from one to the next.
+        Fewer of long ones. The number of choices may differ from one to the next.
         """
-        waiting: list[ChoiceQuestion] = []
-        for question in questions:
-            if waiting and len(question.choices) != len(waiting[0].choices):
-                yield from self._answer(waiting)
-                waiting = []
-            waiting.append(question)
-            if len(waiting) >= window:
-                yield from self._answer(waiting)
-                waiting = []
-        if waiting:
-            yield from self._answer(waiting)
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        return self._answers(questions, window)
+
+    def _answers(self, questions: Iterable[ChoiceQuestion], window: int) -> Iterator[Choice]:
+        for group in groups(questions, window, _size, lambda question: len(question.choices)):
+            yield from self._answer(group)
 
     def _answer(self, questions: list[ChoiceQuestion]) -> Iterator[Choice]:
         sequences = _rows(self.tokenizer, questions, self._max_length)
@@ -279,6 +281,11 @@ def choose(
             logits[examples] = answer.to("cpu", torch.float32)
     check_finite(logits)
     return logits
+
+
+def _size(question: ChoiceQuestion) -> int:
+    """Characters of its K rows."""
+    return sum(len(first) + len(second) for first, second in question.pairs())
 
 
 def _rows(

@@ -54,9 +54,8 @@ class ClassificationTask(Task):
         """See :meth:`Task.adopt`; the numbers of the labels where the model has no names for them
         and ``data`` has numbers. ValueError where the model is no single-label classifier."""
         names = classifier_labels(self.model)  # type: ignore[arg-type]
-        numbers = [str(number) for number in range(len(names))]
-        unnamed = names == [f"LABEL_{number}" for number in numbers]
-        self.labels = numbers if unnamed and set(data.labels) <= set(numbers) else names
+        numbers = label_numbers(names)
+        self.labels = numbers if numbers and set(data.labels) <= set(numbers) else names
 
     def features(self, data: LabelledTexts, *, training: bool) -> Features:
         """Token ids cut to ``max_length``; DataError for a label that the model does not have."""
@@ -84,3 +83,9 @@ class ClassificationTask(Task):
     def guessing_loss(self, features: Features) -> float:
         """The entropy of the labels' shares, see :func:`xlmr_ext.chance.guessing_loss`."""
         return guessing_loss(features.targets)
+
+
+def label_numbers(names: Sequence[str]) -> list[str]:
+    """``0``, ``1`` ... for labels that have the default names ``LABEL_0`` ...; else empty."""
+    numbers = [str(number) for number in range(len(names))]
+    return numbers if list(names) == [f"LABEL_{number}" for number in numbers] else []

@@ -31,6 +31,7 @@ from xlmr_ext.prediction import (
     single_texts,
     windows,
 )
+from xlmr_ext.tasks.registry import refuse_missing
 
 if TYPE_CHECKING:
     from xlmr_ext.tokenization import XLMRobertaTokenizer
@@ -154,11 +155,7 @@ class SentenceEncoder:
         model, loading = XLMRobertaModel.from_pretrained(
             name_or_dir, add_pooling_layer=False, output_loading_info=True, **folder.hub
         )
-        if loading["missing_keys"]:
-            raise ValueError(
-                f"{name_or_dir} is no XLM-R checkpoint: it lacks {len(loading['missing_keys'])} "
-                f"weights, {', '.join(loading['missing_keys'][:3])}"
-            )
+        refuse_missing(loading["missing_keys"], f"{name_or_dir} is no XLM-R checkpoint")
         if max_length is None and folder.max_length is not None:
             max_length = min(folder.max_length, check_max_length(model, None))
         encoder = cls(

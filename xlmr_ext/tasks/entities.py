@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from xlmr_ext.data import check_vocabulary
-from xlmr_ext.prediction import check_max_length, label_names
+from xlmr_ext.prediction import check_max_length, groups, label_names
 from xlmr_ext.tasks.tokens import check_stride, split_windows, token_logits
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ class EntityRecognizer:
     def _stream(
         self, inputs: Iterable[str | Words], window: int, delimiter: str
     ) -> Iterator[list[Entity]]:
-        for group in _groups(inputs, window):
+        checked = (_checked(item, number) for number, item in enumerate(inputs, 1))
+        for group in groups(checked, window, _size, characters=_GROUP_CHARACTERS):
             rows = self._encode(group, delimiter)
             for row, scores in zip(rows, self._scores(rows), strict=True):
                 yield self._entities(row, scores)
@@ -336,30 +337,14 @@ def _kind(label: str) -> str:
     return label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def _groups(inputs: Iterable[str | Words], window: int) -> Iterator[list[str | Words]]:
-    """Texts, or lists of words, in groups of bounded number and size."""
-    group: list[str | Words] = []
-    characters = 0
-    for number, item in enumerate(inputs, 1):
-        if not isinstance(item, str):
-            _check_words(item, number)
-        size = len(item) if isinstance(item, str) else sum(map(len, item))
-        if group and (len(group) == window or characters + size > _GROUP_CHARACTERS):
-            yield group
-            group, characters = [], 0
-        group.append(item)
-        characters += size
-        if len(group) == window:
-            # Without waiting for the next text, which may take its time.
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
+def _size(item: str | Words) -> int:
+    return len(item) if isinstance(item, str) else sum(map(len, item))
 
 
-def _check_words(item: Any, number: int) -> None:
-    if not isinstance(item, list | tuple) or not all(isinstance(word, str) for word in item):
+def _checked(item: Any, number: int) -> str | Words:
+    if not isinstance(item, str | list | tuple) or not all(isinstance(word, str) for word in item):
         raise TypeError(
             f"text {number} must be a str or a list of words, each a str, "
             f"got {type(item).__name__} {str(item)[:60]}"
         )
+    return item

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, overload
 
-from xlmr_ext.data import check_vocabulary
+from xlmr_ext.data import DataError, check_vocabulary
 from xlmr_ext.prediction import check_max_length, longest_input
 from xlmr_ext.tasks.answer_spans import Answer, QuestionWindows, SpanSearch, Window, span_logits
 from xlmr_ext.tasks.squad import Question
@@ -120,7 +120,7 @@ class QuestionAnswerer:
 
         Raises:
             TypeError: what is neither.
-            ValueError: an empty question, a context without a token, or a question that leaves no
+            DataError: an empty question, a context without a token, or a question that leaves no
                 room for it; the message names the question.
             ArithmeticError: the model answers with NaN or infinity.
         """
@@ -131,6 +131,15 @@ class QuestionAnswerer:
             search.add(window, start_logits, end_logits)
             if last:
                 yield search.answers(none_allowed=self._none_allowed)
+
+    def checked(self, questions: Iterable[Question]) -> Iterator[Question]:
+        """The questions, one at a time; DataError, as of :meth:`stream`, before one that has no
+        answer, so that a caller can have those before it answered."""
+        for number, question in enumerate(questions, 1):
+            _question(question, number)
+            # The windows are made one by one, and the context's tokens are kept.
+            next(self._windows.rows(question, self._windows.context(question.context)))
+            yield question
 
     def _rows(
         self,
@@ -164,5 +173,5 @@ def _question(given: Question | tuple[str, str], number: int) -> Question:
             )
         given = Question(*given, where=f"question {number}")
     if not given.question.strip():
-        raise ValueError(f"{given.where}: the question is empty")
+        raise DataError(f"{given.where}: the question is empty")
     return given

@@ -136,6 +136,23 @@ def make_task(
     return task_class(name)(model, tokenizer, max_length=max_length, **options)
 
 
+def refuse_missing(missing: Iterable[str], verdict: str, more: str = "") -> None:
+    """Weights that would be random are an error, not a guess.
+
+    Args:
+        missing: the names of the weights that a checkpoint lacks; nothing happens without one.
+        verdict: what the checkpoint is not, a sentence.
+        more: of which kind the weights should have been.
+
+    Raises:
+        ValueError: the sentence, how many weights it lacks, and the first three.
+    """
+    names = sorted(missing)
+    if names:
+        shown = ", ".join(names[:3]) + ("" if len(names) <= 3 else ", ...")
+        raise ValueError(f"{verdict}: it lacks {len(names)} weights{more}, {shown}")
+
+
 def _entry(name: str) -> Entry:
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")

@@ -7,13 +7,13 @@ Arguments, results and numbers are those of transformers' zero-shot-classificati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict, overload
 
 from xlmr_ext.data import check_vocabulary
-from xlmr_ext.prediction import check_max_length, classify, single_texts, windows
+from xlmr_ext.prediction import check_max_length, classify, single_texts, softmax, windows
+from xlmr_ext.tasks.hypotheses import TEMPLATE, fill_template, parse_labels
 
 if TYPE_CHECKING:
     from xlmr_ext.heads import XLMRobertaForSequenceClassification
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ZeroShotClassifier", "ZeroShotResult", "parse_labels"]
 
-TEMPLATE = "This example is {}."
 # Pairs of texts and labels that are held at once.
 _WINDOW_PAIRS = 1024
 # <s> A </s></s> B </s>
@@ -186,14 +185,7 @@ class ZeroShotClassifier:
 
     def _hypotheses(self, labels: list[str], template: str) -> list[list[int]]:
         """Token ids of the hypothesis of each label, without special tokens."""
-        try:
-            texts = [template.format(label) for label in labels]
-        except (IndexError, KeyError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"hypothesis_template {template!r} cannot take a label: {error!r}"
-            ) from None
-        if texts[0] == template:
-            raise ValueError(f"hypothesis_template {template!r} has no {{}} where the label goes")
+        texts = fill_template(template, labels)
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         check_vocabulary(ids, self.model.config.vocab_size)
         for label, tokens in zip(labels, ids, strict=True):
@@ -224,19 +216,6 @@ class ZeroShotClassifier:
                 yield [start, *cut, end, end, *hypothesis, end]
 
 
-def parse_labels(candidate_labels: str | Sequence[str]) -> list[str]:
-    """A list of labels, or a str with commas between them, as a list; ValueError for none."""
-    if isinstance(candidate_labels, str):
-        candidate_labels = [part.strip() for part in candidate_labels.split(",") if part.strip()]
-    labels = list(candidate_labels)
-    for index, label in enumerate(labels):
-        if not isinstance(label, str):
-            raise TypeError(f"candidate_labels[{index}] must be a str, got {type(label).__name__}")
-    if not labels:
-        raise ValueError("candidate_labels must hold at least one label")
-    return labels
-
-
 def _entailment(names: list[str], wanted: str | None) -> int:
     for index, name in enumerate(names):
         if name.lower() == wanted.lower() if wanted is not None else _begins(name, "entail"):
@@ -262,19 +241,12 @@ def _result(
 ) -> ZeroShotResult:
     """The scores of one text from its labels' logits (against, for entailment)."""
     if multi_label or len(labels) == 1:
-        scores = [_softmax(pair)[1] for pair in logits]
+        scores = [softmax(pair)[1] for pair in logits]
     else:
-        scores = _softmax([entails for _, entails in logits])
+        scores = softmax([entails for _, entails in logits])
     order = sorted(range(len(labels)), key=lambda index: -scores[index])
     return {
         "sequence": text,
         "labels": [labels[index] for index in order],
         "scores": [scores[index] for index in order],
     }
-
-
-def _softmax(values: Sequence[float]) -> list[float]:
-    highest = max(values)
-    weights = [math.exp(value - highest) for value in values]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]

@@ -39,6 +39,8 @@ class AddedToken:
     def __post_init__(self) -> None:
         if not isinstance(self.content, str):
             raise TypeError(f"AddedToken: content must be a str, got {type(self.content).__name__}")
+        if any("\ud800" <= character <= "\udfff" for character in self.content):
+            raise ValueError(f"AddedToken: content {self.content!r} has half a character")
         if self.normalized is None:
             object.__setattr__(self, "normalized", not self.special)
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from xlmr_ext.tokenizer.parts import SPACE, cut, windows
 from xlmr_ext.tokenizer.ranges import IntArray
 from xlmr_ext.tokenizer.tokenizer_files import SPECIAL_TOKENS
 from xlmr_ext.tokenizer.tokens import Tokens
+from xlmr_ext.tokenizer.vocabulary import MadeModel
 
 __all__ = ["Pieces"]
 
@@ -37,8 +39,8 @@ class Pieces:
     in XLM-R's layout.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.model = _load_model(path)
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.model = _load_model(file)
         self.size = len(self.model) + 2  # without the added tokens
         # Sentencepiece's <unk>, <s>, </s> come first; the others move up by one.
         self._to_id: IntArray = np.arange(1, self.size - 1, dtype=np.int64)
@@ -171,8 +173,9 @@ class Pieces:
         return self._normalize(token.content)[0].removeprefix(SPACE)
 
 
-def _load_model(path: Path) -> sentencepiece.SentencePieceProcessor:
-    data = path.read_bytes()
+def _load_model(file: str | os.PathLike[str]) -> sentencepiece.SentencePieceProcessor:
+    path = Path(file)
+    data = file.data if isinstance(file, MadeModel) else path.read_bytes()
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(data)

@@ -87,7 +87,7 @@ class TokenVocabulary:
         for name, value in special_tokens.items():
             self._assign(name, value)
         self._additional: list[str] = []
-        self.additional_special_tokens = list(additional)
+        self.additional_special_tokens = additional
 
     def _add_at(self, index: int, token: AddedToken) -> None:
         known = self._pieces.to_id(token.content)
@@ -291,7 +291,7 @@ class TokenVocabulary:
 
         Raises ValueError for an id outside the vocabulary.
         """
-        array = np.asarray(ids)
+        array = _row(ids)
         if array.ndim > 1:
             raise ValueError(f"ids: expected one row, got shape {array.shape}; see batch_decode")
         if array.size and array.dtype.kind not in "iu":
@@ -313,18 +313,38 @@ class TokenVocabulary:
         rest = "".join(tokens[1:]).replace(SPACE, " ")
         return tokens[0].replace(SPACE, "") + rest
 
+    @overload
+    def decode(
+        self,
+        token_ids: int | Sequence[int],
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool = ...,
+    ) -> str: ...
+    @overload
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool = ...,
+    ) -> Any: ...
     def decode(
         self,
         token_ids: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
-    ) -> str:
-        """The text of one row of ids (a list, an array or a tensor).
+    ) -> str | list[str]:
+        """The text of one row of ids (a list, an array or a tensor), or a list of those of several.
 
         ``clean_up_tokenization_spaces`` takes the space before English punctuation away. Raises
         ValueError for an id outside the vocabulary.
         """
-        ids = np.asarray(token_ids if np.ndim(token_ids) else [token_ids])
+        decode = self.batch_decode if _are_rows(token_ids) else self._decode_row
+        return decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces)
+
+    def _decode_row(
+        self, token_ids: Any, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
+        ids = np.atleast_1d(_row(token_ids))
         if skip_special_tokens:
             ids = ids[~np.isin(ids, [i for i, t in self._pieces.added.items() if t.special])]
         text = self.convert_tokens_to_string(self.convert_ids_to_tokens(ids))
@@ -341,5 +361,21 @@ class TokenVocabulary:
     ) -> list[str]:
         """`decode` of every row."""
         return [
-            self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences
+            self._decode_row(row, skip_special_tokens, clean_up_tokenization_spaces)
+            for row in sequences
         ]
+
+
+def _are_rows(ids: Any) -> bool:
+    if hasattr(ids, "ndim"):
+        return bool(ids.ndim > 1)
+    if not isinstance(ids, (list, tuple)) or not ids:
+        return False
+    return isinstance(ids[0], (list, tuple)) or getattr(ids[0], "ndim", 0) > 0
+
+
+def _row(ids: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(ids)
+    except ValueError:  # lists of different lengths, or a mixture
+        raise ValueError("ids: expected one row of integers; see batch_decode") from None

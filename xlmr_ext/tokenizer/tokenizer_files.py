@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xlmr_ext.files import resolve_files
+from xlmr_ext.files import pinned, resolve_files
+from xlmr_ext.json_files import MAX_BYTES, check_nesting, read_json
+from xlmr_ext.label_tables import short
 from xlmr_ext.tokenizer.added_tokens import AddedToken
-from xlmr_ext.tokenizer.tokenizer_json import read_json, read_tokenizer_json
+from xlmr_ext.tokenizer.tokenizer_json import added_by_id, read_tokenizer_json
+from xlmr_ext.tokenizer.vocabulary import make_sentencepiece_model
 
 __all__ = [
     "ADDED_FILE",
@@ -49,15 +50,13 @@ ADDED_FILE = "added_tokens.json"
 _CONFIG, _SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
 
 
-@contextlib.contextmanager
 def tokenizer_files(
     name_or_dir: str | os.PathLike[str], **hub: Any
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Give the path of a sentencepiece model and the constructor's arguments that files hold.
+) -> tuple[os.PathLike[str], dict[str, Any]]:
+    """The sentencepiece model, for the constructor, and its other arguments that files hold.
 
-    The path may last only as long as the context: where there is a ``tokenizer.json`` alone, as
-    transformers 5 saves it, the model is made from it. ``hub`` are the keyword arguments of
-    `resolve_files`.
+    Where there is a ``tokenizer.json`` alone, as transformers 5 saves it, the model is made from
+    it. ``hub`` are the keyword arguments of `resolve_files`.
 
     Raises:
         OSError: neither file is there.
@@ -66,8 +65,10 @@ def tokenizer_files(
     found = resolve_files(
         name_or_dir, (), optional=(VOCABULARY_FILE, _CONFIG, _SPECIAL_MAP, ADDED_FILE), **hub
     )
-    config = read_json(found[_CONFIG]) if _CONFIG in found else {}
-    special = read_json(found[_SPECIAL_MAP]) if _SPECIAL_MAP in found else {}
+    for path in found.values():
+        hub = pinned(hub, path)
+    config = read_json(found[_CONFIG], dict) if _CONFIG in found else {}
+    special = read_json(found[_SPECIAL_MAP], dict) if _SPECIAL_MAP in found else {}
     settings = {
         **_tokens(found.get(_SPECIAL_MAP), special),
         **_settings(found.get(_CONFIG), config),
@@ -84,16 +85,13 @@ def tokenizer_files(
         elif decoder is None and ADDED_FILE in found:
             decoder = _old_added_tokens(found[ADDED_FILE], settings)
         settings["added_tokens_decoder"] = _by_id(found.get(_CONFIG), decoder or {})
-        yield found[VOCABULARY_FILE], settings
-        return
+        return found[VOCABULARY_FILE], settings
     if json_file is None:
         try:
             resolve_files(name_or_dir, (VOCABULARY_FILE,), **hub)
         except OSError as error:
             raise type(error)(f"{error}. Nor is there a tokenizer.json, which would do") from error
         raise FileNotFoundError(f"{name_or_dir}: no {VOCABULARY_FILE}")  # it came just now
-    from xlmr_ext.tokenizer.vocabulary import write_sentencepiece_model
-
     read = read_tokenizer_json(json_file)
     for note in read.notes:
         _log.warning("%s: %s", json_file, note)
@@ -101,10 +99,7 @@ def tokenizer_files(
         **_by_id(json_file, read.added),
         **_by_id(found.get(_CONFIG), decoder or {}),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / VOCABULARY_FILE
-        write_sentencepiece_model(json_file, target)
-        yield target, settings
+    return make_sentencepiece_model(json_file), settings
 
 
 def settings_files(
@@ -160,8 +155,11 @@ def _settings(path: Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
     longest = config.get("model_max_length")
     if longest is not None:
         # "No limit" is written as the float 1e30.
-        if isinstance(longest, bool) or not isinstance(longest, (int, float)) or longest != longest:
-            raise ValueError(f"{path}: model_max_length is {longest!r}; expected a number")
+        is_number = isinstance(longest, (int, float)) and not isinstance(longest, bool)
+        if not is_number or not longest >= 1:
+            raise ValueError(
+                f"{path}: model_max_length is {short(longest)}; expected a number of at least 1"
+            )
         settings["model_max_length"] = int(min(longest, 1e30))
     return settings
 
@@ -174,7 +172,9 @@ def _tokens(path: Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("extra_special_tokens", "additional_special_tokens"):
         extra = config.get(key)
         if extra:
-            values = extra.values() if isinstance(extra, Mapping) else extra
+            values = list(extra.values()) if isinstance(extra, Mapping) else extra
+            if not isinstance(values, list):
+                raise ValueError(f"{path}: {key} is {short(extra)}; expected a list of tokens")
             tokens["additional_special_tokens"] = [_token(path, value) for value in values]
     return tokens
 
@@ -189,29 +189,36 @@ def _by_id(path: Path | None, tokens: Mapping[Any, Any]) -> dict[int, AddedToken
 def _token(path: Path | None, value: Any) -> AddedToken | str:
     """A str is left one: it says nothing of how it is found."""
     try:
-        return value if isinstance(value, str) else AddedToken.of(value)
-    except TypeError as error:
+        token = AddedToken.of(value)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    return value if isinstance(value, str) else token
 
 
 def _added_at_its_head(path: Path) -> dict[int, Any]:
     """``added_tokens`` of a tokenizer.json; they come before its long vocabulary."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{path}: {size} bytes is too large for a tokenizer.json; at most {MAX_BYTES}"
+        )
     text = path.read_bytes().decode("utf-8", "replace")
     begin = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
     if begin is None:
         return {}
     try:
         tokens, _ = json.JSONDecoder().raw_decode(text, begin.end())
-        return {int(token["id"]): token for token in tokens}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: added_tokens cannot be read ({error})") from error
+        check_nesting(tokens)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: added_tokens cannot be read ({error})") from None
+    return added_by_id(path, tokens)
 
 
 def _old_added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
     """Tokens of ``added_tokens.json``, which tells the ids alone."""
     special = {*SPECIAL_TOKENS, *map(str, settings.get("additional_special_tokens", ()))}
     added = {}
-    for content, index in read_json(path).items():
+    for content, index in read_json(path, dict).items():
         if isinstance(index, bool) or not isinstance(index, int):
             raise ValueError(f"{path}: {content!r} has the id {index!r}; expected a whole number")
         added[index] = {"content": content, "special": content in special}

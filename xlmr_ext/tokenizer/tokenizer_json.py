@@ -8,18 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TokenizerJson", "read_json", "read_tokenizer_json"]
+from xlmr_ext.json_files import read_json
+from xlmr_ext.label_tables import short
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError that names the file where it is none."""
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+__all__ = ["TokenizerJson", "added_by_id", "read_tokenizer_json"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +32,14 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
 
     Raises ValueError that names the file where leaving something behind would change ids.
     """
-    data = read_json(path)
+    data = read_json(path, dict)
     for problem in (_normalizer(data.get("normalizer")), _pre_tokenizer(data.get("pre_tokenizer"))):
         if problem:
             raise ValueError(f"{path}: {problem} cannot be carried over to sentencepiece")
     model = data.get("model") or {}
     if isinstance(model, dict) and model.get("byte_fallback"):
         raise ValueError(f"{path}: byte_fallback cannot be carried over to sentencepiece")
-    added = {}
-    for token in data.get("added_tokens") or ():
-        index = token.get("id") if isinstance(token, Mapping) else None
-        if isinstance(index, bool) or not isinstance(index, int) or "content" not in token:
-            raise ValueError(f"{path}: added token {token!r} has no id or content")
-        added[index] = token
+    added = added_by_id(path, data.get("added_tokens"))
     notes = [
         note
         for note in (
@@ -68,19 +55,43 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
     return TokenizerJson(added, notes)
 
 
+def added_by_id(path: Path, tokens: Any) -> dict[int, Any]:
+    """``added_tokens`` of a ``tokenizer.json`` by id; None is an empty list.
+
+    Raises ValueError that names the file where it is no list of tokens.
+    """
+    if tokens is None:
+        return {}
+    if not isinstance(tokens, list):
+        raise ValueError(f"{path}: added_tokens is {type(tokens).__name__}; expected a list")
+    added = {}
+    for token in tokens:
+        index = token.get("id") if isinstance(token, Mapping) else None
+        if isinstance(index, bool) or not isinstance(index, int) or "content" not in token:
+            raise ValueError(f"{path}: added token {short(token)} has no id or content")
+        added[index] = token
+    return added
+
+
+def _steps(value: Mapping[str, Any], key: str) -> list[Any]:
+    """The steps of a sequence; what is no list is itself a step, and none that is known."""
+    steps = value.get(key)
+    return steps if isinstance(steps, list) else [] if steps is None else [steps]
+
+
 def _normalizer(value: Any) -> str | None:
     """What of it is more than a compiled map and the care for white space that goes with it."""
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "Sequence":
-        steps = value.get("normalizers") or ()
+        steps = _steps(value, "normalizers")
         return next((problem for step in steps if (problem := _normalizer(step))), None)
     if kind in ("Precompiled", "Strip"):
         return None
     if kind == "Replace" and value.get("content") in (" ", "\u2581"):
-        pattern = value.get("pattern") or {}
-        if pattern.get("Regex") in (" {2,}", r"\s+") or pattern.get("String") == " ":
+        known = ({"Regex": " {2,}"}, {"Regex": r"\s+"}, {"String": " "})
+        if value.get("pattern") in known:
             return None
     return f"the normalizer {json.dumps(value)[:80]}"
 
@@ -89,7 +100,7 @@ def _pre_tokenizer(value: Any) -> str | None:
     """What of it is more than words that begin with a space."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "Sequence":
-        steps = value.get("pretokenizers") or ()
+        steps = _steps(value, "pretokenizers")
         return next((problem for step in steps if (problem := _pre_tokenizer(step))), None)
     if kind == "WhitespaceSplit":
         return None

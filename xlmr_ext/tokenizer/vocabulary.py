@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-import math
 import os
 import struct
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_vocabulary", "write_sentencepiece_model"]
+from xlmr_ext.json_files import read_json
+from xlmr_ext.label_tables import short
+
+__all__ = ["MadeModel", "make_sentencepiece_model", "read_vocabulary", "write_sentencepiece_model"]
 
 _LEADING = ("<s>", "<pad>", "</s>", "<unk>")  # the four ids that XLM-R places before the pieces
 _MASK = "<mask>"
@@ -25,6 +27,8 @@ _MASK = "<mask>"
 # enum SentencePiece.Type
 _UNKNOWN = 2
 _CONTROL = 3
+
+_MAX_SCORE = 3e38  # what a 32-bit float holds
 
 _WIRE_VARINT = 0
 _WIRE_BYTES = 2
@@ -118,11 +122,8 @@ def read_vocabulary(tokenizer_json: Path) -> tuple[list[tuple[str, float]], byte
     Row i is id i: ``<s>``, ``<pad>``, ``</s>``, ``<unk>``, the pieces, ``<mask>``.
     Raises ValueError where the file is not JSON or not an XLM-R vocabulary.
     """
-    try:
-        data = json.loads(tokenizer_json.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{tokenizer_json}: not a JSON file ({error})") from error
-    model = data.get("model") if isinstance(data, dict) else None
+    data = read_json(tokenizer_json, dict)
+    model = data.get("model")
     if not isinstance(model, dict) or model.get("type") != "Unigram":
         raise ValueError(f"{tokenizer_json}: expected a tokenizer.json with a Unigram model")
     rows = model.get("vocab")
@@ -135,9 +136,13 @@ def read_vocabulary(tokenizer_json: Path) -> tuple[list[tuple[str, float]], byte
             and len(row) == 2
             and isinstance(row[0], str)
             and isinstance(row[1], (int, float))
-            and math.isfinite(row[1])
+            and abs(row[1]) < _MAX_SCORE
         ):
-            raise ValueError(f"{tokenizer_json}: vocab row {index} is {row!r}, not [piece, score]")
+            raise ValueError(
+                f"{tokenizer_json}: vocab row {index} is {short(row)}, not [piece, score]"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in row[0]):
+            raise ValueError(f"{tokenizer_json}: vocab row {index} is {row[0]!r}, half a character")
         vocabulary.append((row[0], float(row[1])))
     added = data.get("added_tokens")
     for token in added if isinstance(added, list) else ():
@@ -170,14 +175,33 @@ def _encode(pieces: Sequence[tuple[str, float]], charsmap: bytes) -> bytes:
     return b"".join([*parts, _trainer_spec(len(parts)), _normalizer_spec(charsmap)])
 
 
+@dataclass(frozen=True)
+class MadeModel(os.PathLike[str]):
+    """A ``sentencepiece.bpe.model`` that is no file, by the path of what it was made from."""
+
+    path: Path
+    data: bytes
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+
+def make_sentencepiece_model(tokenizer_json: Path) -> MadeModel:
+    """The ``sentencepiece.bpe.model`` of an XLM-R ``tokenizer.json``.
+
+    It holds ``<unk>``, ``<s>``, ``</s>`` and every piece with its score, so sentencepiece id i is
+    XLM-R id i + 1. Raises ValueError as `read_vocabulary`.
+    """
+    vocabulary, charsmap = read_vocabulary(tokenizer_json)
+    return MadeModel(tokenizer_json, _encode(vocabulary[4:-1], charsmap))
+
+
 def write_sentencepiece_model(tokenizer_json: Path, target: Path) -> None:
     """Write ``target``, a ``sentencepiece.bpe.model``, from an XLM-R ``tokenizer.json``.
 
-    The file holds ``<unk>``, ``<s>``, ``</s>`` and every piece with its score, so sentencepiece id
-    i is XLM-R id i + 1. It appears whole or not at all. Raises ValueError as `read_vocabulary`.
+    It appears whole or not at all. Raises ValueError as `read_vocabulary`.
     """
-    vocabulary, charsmap = read_vocabulary(tokenizer_json)
-    data = _encode(vocabulary[4:-1], charsmap)
+    data = make_sentencepiece_model(tokenizer_json).data
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
