@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,6 +84,22 @@ def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli(
+    capfd: pytest.CaptureFixture[str], restore_threads: None
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: exit code, stdout, stderr."""
+    from xlmr_ext.cli import main
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([name, "--threads", "1", *map(str, arguments)])
+        sys.stdout.flush()
+        return code, *capfd.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from tiny_heads import TAGS, write_head
 
 from xlmr_ext import XLMRobertaForSequenceClassification, XLMRobertaTokenizer
 from xlmr_ext.cli.eval import group_names
-from xlmr_ext.cli.main import main
 from xlmr_ext.data import read_labelled
 from xlmr_ext.prediction import evaluate
 from xlmr_ext.saving import LOG_NAME
@@ -94,21 +92,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for language, content in zip(("deu", "fra"), contents, strict=True):
             write(folder / language / f"{name}{suffix}", content)
     return folder
-
-
-@pytest.fixture
-def cli(
-    capfd: pytest.CaptureFixture[str], restore_threads: None
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def call(name: str, *arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main([name, "--threads", "1", *map(str, arguments)])
-        sys.stdout.flush()
-        return code, *capfd.readouterr()
-
-    return call
 
 
 Cli = Callable[..., tuple[int, str, str]]

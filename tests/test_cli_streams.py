@@ -14,7 +14,6 @@ from tiny_heads import write_head
 
 from xlmr_ext import XLMRobertaTokenizer
 from xlmr_ext.cli import info
-from xlmr_ext.cli.main import main
 
 CLASSIFIER = "XLMRobertaForSequenceClassification"
 LABELLED = 'text,label\n"fox dog","x"\n"Buch Stadt","y"\n'
@@ -34,21 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.csv").write_text(LABELLED)
     (folder / "a.txt").write_text("fox dog\nBuch\n")
     return folder
-
-
-@pytest.fixture
-def cli(
-    capfd: pytest.CaptureFixture[str], restore_threads: None
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def call(name: str, *arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main([name, "--threads", "1", *map(str, arguments)])
-        sys.stdout.flush()
-        return code, *capfd.readouterr()
-
-    return call
 
 
 Cli = Callable[..., tuple[int, str, str]]

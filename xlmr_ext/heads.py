@@ -117,8 +117,7 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
         output = SequenceClassifierOutput(loss, logits, hidden_states, attentions)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return self._as_asked(output, return_dict)
 
 
 class XLMRobertaForTokenClassification(PreTrainedModel):
@@ -180,8 +179,7 @@ class XLMRobertaForTokenClassification(PreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return self._as_asked(output, return_dict)
 
 
 class XLMRobertaForQuestionAnswering(PreTrainedModel):
@@ -256,8 +254,7 @@ class XLMRobertaForQuestionAnswering(PreTrainedModel):
         output = QuestionAnsweringModelOutput(
             loss, start, end, outputs.hidden_states, outputs.attentions
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return self._as_asked(output, return_dict)
 
 
 class XLMRobertaForMultipleChoice(PreTrainedModel):
@@ -332,8 +329,7 @@ class XLMRobertaForMultipleChoice(PreTrainedModel):
         logits = self.classifier(self.dropout(outputs.pooler_output)).reshape(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return self._as_asked(output, return_dict)
 
     @staticmethod
     def _num_choices(

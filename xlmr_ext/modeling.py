@@ -100,7 +100,7 @@ class XLMRobertaModel(PreTrainedModel):
         states = (*(batch.unpack(h) for h in inputs), last) if keep else None
         attentions = tuple(batch.square(p) for p in probabilities) if attend else None
         output = BaseModelOutputWithPooling(last, pooled, states, attentions)
-        return output if self._returns_dict(return_dict) else output.to_tuple()
+        return self._as_asked(output, return_dict)
 
     def encode(
         self, batch: EncoderInput, keep: bool = False, attend: bool = False
@@ -167,9 +167,6 @@ class XLMRobertaModel(PreTrainedModel):
 
     def _wants(self, argument: bool | None, name: str) -> bool:
         return bool(getattr(self.config, name) if argument is None else argument)
-
-    def _returns_dict(self, return_dict: bool | None) -> bool:
-        return bool(self.config.return_dict if return_dict is None else return_dict)
 
     def _enter(self, packed: PackedBatch | None, **padded: Tensor | None) -> EncoderInput:
         if packed is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from xlmr_ext.configuration import XLMRobertaConfig
 from xlmr_ext.frozen import FrozenEncoder, refuse
+from xlmr_ext.outputs import ModelOutput
 from xlmr_ext.refusals import MODELS
 from xlmr_ext.resizing import resize
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 
 class ModelSurface(nn.Module):
@@ -106,6 +109,11 @@ class ModelSurface(nn.Module):
         config.architectures = [type(self).__name__]
         config.dtype = str(self.dtype).removeprefix("torch.")
         return config
+
+    def _as_asked(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
+        """An output, or its tuple, as ``return_dict`` or else the configuration says."""
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     @classmethod
     def can_generate(cls) -> bool:
