@@ -52,25 +52,39 @@ class LongestFirst {
   int32_t* order_;
 };
 
-// c[rows, columns] (+)= factor * A B with A read in place and B packed by pack_b.
+// c[rows, columns] (+)= A B with A read in place and B packed by pack_b. Whole tiles are written: c
+// has room for rows up to a multiple of MR and columns up to one of NR.
 template <ALayout kLayout, class T>
-void multiply(bool accumulate, int64_t rows, int64_t columns, int64_t k, const T* a,
-              int64_t a_stride, const T* b, int64_t b_panel_stride, T* c, int64_t c_stride,
-              T factor) {
+void multiply(bool add, int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_stride,
+              const T* b, int64_t b_panel_stride, T* c, int64_t c_stride) {
   constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
-  const Vec<T> scale(factor);
+  for (int64_t j = 0; j < columns; j += NR) {
+    const T* panel = b + j / NR * b_panel_stride;
+    for (int64_t i = 0; i < rows; i += MR) {
+      multiply_tile<kLayout>(k, a + (kLayout == ALayout::row_major ? i * a_stride : i), a_stride,
+                             min_of(MR, rows - i), panel, c + i * c_stride + j, c_stride, add);
+    }
+  }
+}
+
+// The same where c has no such room: a gradient.
+template <ALayout kLayout, class T>
+void multiply_exactly(bool add, int64_t rows, int64_t columns, int64_t k, const T* a,
+                      int64_t a_stride, const T* b, int64_t b_panel_stride, T* c,
+                      int64_t c_stride) {
+  constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
   for (int64_t j = 0; j < columns; j += NR) {
     for (int64_t i = 0; i < rows; i += MR) {
       alignas(64) T tile[MR * NR];
       const int64_t tile_rows = min_of(MR, rows - i);
-      multiply_tile<kLayout>(k, a + (kLayout == ALayout::row_major ? i * a_stride : i), a_stride,
-                             tile_rows, b + j / NR * b_panel_stride, tile, NR, false);
-      for_each_vector(tile, tile_rows, columns - j,
-                      [&](Vec<T> x, int64_t row, int64_t at, int64_t lanes) {
-                        T* dst = c + (i + row) * c_stride + j + at;
-                        x = x * scale;
-                        store_lanes(dst, accumulate ? load_lanes(dst, lanes) + x : x, lanes);
-                      });
+      multiply<kLayout>(false, tile_rows, NR, k,
+                        a + (kLayout == ALayout::row_major ? i * a_stride : i), a_stride,
+                        b + j / NR * b_panel_stride, 0, tile, NR);
+      for_each_vector<T>(tile_rows, columns - j, [&](int64_t row, int64_t at, int64_t lanes) {
+        T* dst = c + (i + row) * c_stride + j + at;
+        const Vec<T> x = Vec<T>::load(tile + row * NR + at);
+        store_lanes(dst, add ? load_lanes(dst, lanes) + x : x, lanes);
+      });
     }
   }
 }
@@ -141,10 +155,11 @@ struct AttentionForwardKernel {
     T* running_sum = running_max + kQueries;
     T* mask = running_sum + kQueries;  // [kKeysPadded]
     const DropoutMask<T> dropout(a.dropout);
+    const Vec<T> scale(static_cast<T>(a.scale));
 
     for (int64_t q = 0; q < queries.count; q += kQueries) {
       const int64_t rows = min_of(kQueries, queries.count - q);
-      fill_zero(acc, rows * padded_size);
+      fill_zero(acc, kQueries * padded_size);
       for (int64_t i = 0; i < rows; ++i) {
         running_max[i] = static_cast<T>(-kInfinity);
         running_sum[i] = 0;
@@ -152,11 +167,10 @@ struct AttentionForwardKernel {
       for (int64_t k = 0; k < length; k += kKeys) {
         const int64_t keys = min_of(kKeys, length - k);
         multiply<ALayout::row_major>(false, rows, keys, d, query + q * a.query_stride,
-                                     a.query_stride, k_packed + k * d, NR * d, scores, kKeysPadded,
-                                     static_cast<T>(a.scale));
+                                     a.query_stride, k_packed + k * d, NR * d, scores, kKeysPadded);
         for (int64_t i = 0; i < rows; ++i) {
           T* row = scores + i * kKeysPadded;
-          const T rescale = softmax_step(keys, row, running_max[i], running_sum[i]);
+          const T rescale = softmax_step(keys, scale, row, running_max[i], running_sum[i]);
           if (k > 0) {
             const Vec<T> factor(rescale);
             for (int64_t j = 0; j < padded_size; j += Vec<T>::size) {
@@ -172,7 +186,7 @@ struct AttentionForwardKernel {
           }
         }
         multiply<ALayout::row_major>(true, rows, d, keys, scores, kKeysPadded, v_packed + k * NR,
-                                     NR * length, acc, padded_size, T(1));
+                                     NR * length, acc, padded_size);
       }
       for (int64_t i = 0; i < rows; ++i) {
         T* out = out_rows + (q + i) * a.out_stride;
@@ -188,13 +202,15 @@ struct AttentionForwardKernel {
     }
   }
 
-  // Turns one row of scores into exp(score - max) and updates the running maximum and sum; returns
-  // the factor for what was accumulated under the old maximum.
-  static XLMR_INLINE T softmax_step(int64_t keys, T* row, T& running_max, T& running_sum) {
+  // Turns one row of products into exp(scale product - max) and updates the running maximum and
+  // sum; returns the factor for what was accumulated under the old maximum.
+  static XLMR_INLINE T softmax_step(int64_t keys, Vec<T> scale, T* row, T& running_max,
+                                    T& running_sum) {
     constexpr int64_t V = Vec<T>::size;
     Vec<T> largest(running_max);
     for_row<T>(keys, [&](int64_t j, int64_t lanes) {
-      Vec<T> x = load_lanes(row + j, lanes);
+      Vec<T> x = Vec<T>::load(row + j) * scale;
+      x.store(row + j);
       if (lanes < V) {  // no lane behind the row may win
         T part[V];
         for (int64_t i = 0; i < V; ++i) part[i] = running_max;
@@ -206,11 +222,11 @@ struct AttentionForwardKernel {
     const T new_max = reduce_max(largest);
     const Vec<T> shift(new_max);
     const T sum = sum_row<T>(keys, [&](int64_t j, int64_t lanes) {
-      Vec<T> p = exp(load_lanes(row + j, lanes) - shift);
+      const Vec<T> p = exp_weight(load_lanes(row + j, lanes) - shift);
       store_lanes(row + j, p, lanes);
       return lanes < V ? Vec<T>::load(row + j, lanes) : p;
     });
-    const T rescale = exp(Vec<T>(running_max) - shift).lane(0);
+    const T rescale = exp_weight(Vec<T>(running_max) - shift).lane(0);
     running_sum = running_sum * rescale + sum;
     running_max = new_max;
     return rescale;
@@ -303,10 +319,9 @@ struct AttentionBackwardKernel {
       for (int64_t k = 0; k < length; k += kKeys) {
         const int64_t keys = min_of(kKeys, length - k);
         multiply<ALayout::row_major>(false, rows, keys, d, query + q * a.query_stride,
-                                     a.query_stride, k_t + k * d, NR * d, probs, kKeysPadded,
-                                     scale);
+                                     a.query_stride, k_t + k * d, NR * d, probs, kKeysPadded);
         multiply<ALayout::row_major>(false, rows, keys, d, dout_q, a.dout_stride, v_t + k * d,
-                                     NR * d, dscores, kKeysPadded, T(1));
+                                     NR * d, dscores, kKeysPadded);
         for (int64_t i = 0; i < rows; ++i) {
           T* p_row = probs + i * kKeysPadded;
           T* ds_row = dscores + i * kKeysPadded;
@@ -316,7 +331,7 @@ struct AttentionBackwardKernel {
             return dropout.on() ? load_lanes(mask + j, lanes) : Vec<T>(T(1));
           };
           const T sum_p = sum_row<T>(keys, [&](int64_t j, int64_t lanes) {
-            const Vec<T> p = exp(load_lanes(p_row + j, lanes) - shift);
+            const Vec<T> p = exp_weight(load_lanes(p_row + j, lanes) * scale_v - shift);
             store_lanes(p_row + j, p, lanes);
             return load_lanes(p_row + j, lanes);  // 0 in the lanes behind the row
           });
@@ -332,13 +347,15 @@ struct AttentionBackwardKernel {
             store_lanes(p_row + j, p * mask_at(j, lanes), lanes);
           });
         }
-        multiply<ALayout::panel>(q > 0, keys, d, rows, probs, kKeysPadded, dout_packed, NR * rows,
-                                 dvalue + k * a.dkv_stride, a.dkv_stride, T(1));
-        multiply<ALayout::panel>(q > 0, keys, d, rows, dscores, kKeysPadded, q_packed, NR * rows,
-                                 dkey + k * a.dkv_stride, a.dkv_stride, T(1));
-        multiply<ALayout::row_major>(k > 0, rows, d, keys, dscores, kKeysPadded, k_packed + k * NR,
-                                     NR * length, dquery + q * a.dquery_stride, a.dquery_stride,
-                                     T(1));
+        multiply_exactly<ALayout::column_major>(q > 0, keys, d, rows, probs, kKeysPadded,
+                                                dout_packed, NR * rows, dvalue + k * a.dkv_stride,
+                                                a.dkv_stride);
+        multiply_exactly<ALayout::column_major>(q > 0, keys, d, rows, dscores, kKeysPadded,
+                                                q_packed, NR * rows, dkey + k * a.dkv_stride,
+                                                a.dkv_stride);
+        multiply_exactly<ALayout::row_major>(k > 0, rows, d, keys, dscores, kKeysPadded,
+                                             k_packed + k * NR, NR * length,
+                                             dquery + q * a.dquery_stride, a.dquery_stride);
       }
     }
   }

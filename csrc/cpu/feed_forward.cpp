@@ -7,8 +7,9 @@ namespace xlmr::XLMR_ISA {
 namespace {
 
 // Rows that go through both products before the next ones start, so that the inner activations
-// of a long batch need not all exist at once.
-constexpr int64_t kForwardRows = 1536;
+// of a long batch need not all exist at once: few where the weights are packed, more where every
+// such part packs them again.
+constexpr int64_t kForwardRows = 1536, kPackedForwardRows = 384;
 
 template <class T>
 struct FeedForwardForwardKernel {
@@ -17,10 +18,10 @@ struct FeedForwardForwardKernel {
   GemmSpace<T> up_space, down_space;
 
   FeedForwardForwardKernel(Workspace& space, const FeedForwardForward& a, const ExecContext& ctx)
-      : chunk(min_of(a.rows, kForwardRows)),
+      : chunk(min_of(a.rows, a.packed ? kPackedForwardRows : kForwardRows)),
         activated(space.take<T>(chunk, a.inner)),
-        up_space(space, ctx, chunk, a.hidden),
-        down_space(space, ctx, chunk, a.inner) {}
+        up_space(space, ctx, chunk, a.hidden, a.packed),
+        down_space(space, ctx, chunk, a.inner, a.packed) {}
 
   void run(const FeedForwardForward& a, const ExecContext& ctx) const {
     for (int64_t row = 0; row < a.rows; row += chunk) {

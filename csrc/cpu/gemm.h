@@ -21,9 +21,11 @@ struct Tile {
   static constexpr int kColumns = kVectors * Vec<T>::size;  // NR
 };
 
-constexpr int64_t kBlockK = 384;     // a panel of B (24 KiB in float32) stays in L1
-constexpr int64_t kBlockRows = 192;  // of A, passed over by all panels of a task: 288 KiB, in L2
-constexpr int64_t kBlockPanels = 6;  // panels of B in one task: 144 KiB, in L2
+// Sizes in elements; the caches meant are those of float32 on a core with 32 KiB and 512 KiB.
+constexpr int64_t kBlockK = 384;         // a panel of B (24 KiB) stays in L1
+constexpr int64_t kBlockRows = 192;      // of A, passed over by all panels of a task: in L2
+constexpr int64_t kBlockColumns = 96;    // of B in one task: in L2 beside the block's sums
+constexpr int64_t kSpanK = 8 * kBlockK;  // of a B that a task packs for itself
 constexpr int64_t kPackBytes = 8 << 20;  // packed A, all threads together: in L3
 
 // Element (i, j) of a matrix is data[i * row + j * column].
@@ -37,19 +39,27 @@ struct MatrixView {
 
 // How the micro-kernel reads the MR rows of A at step k.
 enum class ALayout {
-  panel,     // a[k * stride + i]: rows side by side (a packed panel: stride = MR)
-  row_major  // a[i * stride + k]
+  panel,         // packed: a[k * MR + i], the next panel behind it
+  column_major,  // a[k * stride + i]
+  row_major      // a[i * stride + k]
+};
+
+// What a tile asks the caches for while it is computed: from `at`, `step` bytes further at each k.
+struct LookAhead {
+  const char* at;
+  int64_t step;
 };
 
 // One register tile: out(i, j) (+)= sum_k A(i, k) B(k, j), kRows x NR of it. `rows` of them are
-// real; in row_major layout the others repeat the last real one, in a panel they are whatever is
-// there, to the end of a vector. Not inlined: each epilogue would bring a copy of its own.
+// real; in row_major layout the others repeat the last real one, otherwise they are whatever is
+// there, to the end of a vector. Not inlined: each epilogue would bring a copy of its own. Bound by
+// the multipliers as long as both panels arrive in time, hence the prefetches.
 template <int kRows, ALayout kLayout, class T>
 __attribute__((noinline)) void multiply_rows(int64_t k_size, const T* a, int64_t a_stride,
                                              int64_t rows, const T* b, T* out, int64_t out_stride,
-                                             bool add) {
+                                             bool add, LookAhead ahead) {
   constexpr int NV = Tile<T>::kVectors, V = Vec<T>::size;
-  constexpr bool by_lane = kFmaByLane && kLayout == ALayout::panel;
+  constexpr bool by_lane = kFmaByLane && kLayout != ALayout::row_major;
   Vec<T> acc[kRows][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -61,6 +71,7 @@ __attribute__((noinline)) void multiply_rows(int64_t k_size, const T* a, int64_t
   for (int i = 0; i < kRows; ++i) {
     row[i] = kLayout == ALayout::row_major ? a + min_of<int64_t>(i, rows - 1) * a_stride : a + i;
   }
+  const int64_t next_panel = k_size * a_stride;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < k_size; ++k) {
     Vec<T> bv[NV];
@@ -80,7 +91,12 @@ __attribute__((noinline)) void multiply_rows(int64_t k_size, const T* a, int64_t
       for (int v = 0; v < NV; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
     }
     b += NV * V;
-    if (kLayout == ALayout::panel) a += a_stride;
+    if (kLayout != ALayout::row_major) a += a_stride;
+    if (kLayout == ALayout::panel) {
+      __builtin_prefetch(a + next_panel);
+      __builtin_prefetch(ahead.at);
+      ahead.at += ahead.step;
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -96,24 +112,31 @@ __attribute__((noinline)) void multiply_rows(int64_t k_size, const T* a, int64_t
 // element is the same in each.
 template <ALayout kLayout, class T>
 XLMR_INLINE void multiply_tile(int64_t k_size, const T* a, int64_t a_stride, int64_t rows,
-                               const T* b, T* out, int64_t out_stride, bool add) {
+                               const T* b, T* out, int64_t out_stride, bool add,
+                               LookAhead ahead = {nullptr, 0}) {
   constexpr int MR = Tile<T>::kRows;
   const auto kernel = rows > MR * 2 / 3 ? multiply_rows<MR, kLayout, T>
                       : rows > MR / 3   ? multiply_rows<MR * 2 / 3, kLayout, T>
                       : rows > 1        ? multiply_rows<MR / 3, kLayout, T>
                                         : multiply_rows<1, kLayout, T>;
-  kernel(k_size, a, a_stride, rows, b, out, out_stride, add);
+  kernel(k_size, a, a_stride, rows, b, out, out_stride, add, ahead);
 }
 
-// Calls fn(vector, row, column offset, valid lanes) for the real part of a tile.
+// Calls fn(row, column, valid lanes) for every vector of the real part of a tile. The bounds of a
+// whole tile are constants.
 template <class T, class F>
-XLMR_INLINE void for_each_vector(const T* tile, int64_t rows, int64_t columns, const F& fn) {
-  constexpr int64_t NR = Tile<T>::kColumns, V = Vec<T>::size;
+XLMR_INLINE void for_each_vector(int64_t rows, int64_t columns, const F& fn) {
+  constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns, V = Vec<T>::size;
+  if (rows == MR && columns >= NR) {
+    for (int64_t i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < NR; j += V) fn(i, j, V);
+    }
+    return;
+  }
   const int64_t valid = min_of(NR, columns);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < valid; j += V) {
-      fn(Vec<T>::load(tile + i * NR + j), i, j, min_of(V, valid - j));
-    }
+    for (int64_t j = 0; j < valid; j += V) fn(i, j, min_of(V, valid - j));
   }
 }
 
@@ -212,6 +235,21 @@ struct Product {
   }
 };
 
+// Steps [k, k + size) of one segment: a link of every element's chain.
+template <class T>
+struct BlockOfK {
+  const Product<T>* product;
+  int segment = 0;
+  int64_t k = 0;
+
+  bool end() const { return segment == product->num_segments; }
+  int64_t size() const { return min_of(kBlockK, product->segment[segment].k - k); }
+  void advance() {
+    k += size();
+    for (; !end() && k == product->segment[segment].k; ++segment) k = 0;
+  }
+};
+
 // The workspace of gemm() for products of up to `rows` rows and `k` steps. An op's products run one
 // after the other, so all their spaces lie in the same place, behind everything else: an op takes
 // them last.
@@ -219,124 +257,219 @@ template <class T>
 struct GemmSpace {
   T* a;                // one chunk of rows, packed
   int64_t chunk_rows;  // a multiple of MR
-  T* b;                // per thread
+  T* b;                // per thread: a span of the task's columns, packed
   int64_t b_per_thread;
+  T* sums;  // per thread: a block of rows by the columns of a task, tile after tile
+  static constexpr int64_t kSums = kBlockRows * kBlockColumns;
 
-  GemmSpace(Workspace& space, const ExecContext& ctx, int64_t rows, int64_t k) {
-    constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
+  GemmSpace(Workspace& space, const ExecContext& ctx, int64_t rows, int64_t k,
+            bool is_packed = false) {
+    constexpr int64_t MR = Tile<T>::kRows;
+    static_assert(kBlockRows % MR == 0 && kBlockColumns % Tile<T>::kColumns == 0);
     const int64_t mark = space.mark();
     const int64_t fitting = kPackBytes / static_cast<int64_t>(sizeof(T)) / max_of<int64_t>(k, 1);
     const int64_t most = max_of<int64_t>(fitting / MR * MR, 32 * MR);
     chunk_rows = rows >= most ? most : round_up(max_of<int64_t>(rows, 1), MR);
     a = space.take<T>(chunk_rows, max_of<int64_t>(k, 1));
-    b_per_thread = kBlockPanels * NR * kBlockK;
+    b_per_thread = is_packed ? 0 : kBlockColumns * min_of(kSpanK, k);
     b = space.take<T>(b_per_thread, ctx.num_threads);
+    sums = space.take<T>(kSums, ctx.num_threads);
     space.rewind(mark);
   }
 };
 
 // Products that share their A (q, k and v) or stand alone. Every product has the same rows and the
-// same segments' A. epilogue(product, vector, row, column, lanes) receives each finished vector of
-// C and returns what to store.
+// same segments' A, none of them empty; all B are packed beforehand, or none is.
+// epilogue(product, vector, row, column, lanes) receives each finished vector of C and returns what
+// to store.
+template <class T, class Epilogue>
+class Gemm {
+  static constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
+
+ public:
+  Gemm(const ExecContext& ctx, const GemmSpace<T>& space, const Product<T>* products,
+       int num_products, const Epilogue& epilogue)
+      : ctx_(ctx),
+        space_(space),
+        products_(products),
+        epilogue_(epilogue),
+        is_packed_(products[0].packed_b != nullptr),
+        k_total_(products[0].k_total()) {
+    int64_t all_columns = 0;
+    for (int p = 0; p < num_products; ++p) all_columns += round_up(products[p].columns, NR);
+    // Enough tasks to keep every thread busy to the end, none wider than L2 likes.
+    const int64_t wanted = 8 * static_cast<int64_t>(ctx.num_threads);
+    task_columns_ = min_of(kBlockColumns, round_up(ceil_div(all_columns, wanted), NR));
+    for (int p = 0; p < num_products; ++p) {
+      first_task_[p + 1] = first_task_[p] + ceil_div(products[p].columns, task_columns_);
+    }
+    column_tasks_ = first_task_[num_products];
+  }
+
+  void run() {
+    const int64_t rows = products_[0].rows;
+    for (chunk_ = 0; chunk_ < rows; chunk_ += chunk_rows_) {
+      chunk_rows_ = min_of(space_.chunk_rows, rows - chunk_);
+      padded_rows_ = round_up(chunk_rows_, MR);
+      block_rows_ = round_up(ceil_div(chunk_rows_, ceil_div(chunk_rows_, kBlockRows)), MR);
+      parallel_for(ctx_, padded_rows_ / MR, [this](int64_t panel, int32_t) { pack_a(panel); });
+      // Rows are split over tasks only where B is packed: each task would pack it again. The tasks
+      // of the same columns follow each other, so that B comes from memory once.
+      const int64_t parts = is_packed_ ? ceil_div(chunk_rows_, block_rows_) : 1;
+      parallel_for(ctx_, column_tasks_ * parts, [this, parts](int64_t task, int32_t thread) {
+        const int64_t begin = task % parts * block_rows_;
+        const int64_t end = parts == 1 ? chunk_rows_ : min_of(chunk_rows_, begin + block_rows_);
+        columns(task / parts, begin, end, thread);
+      });
+    }
+  }
+
+ private:
+  // A block of rows by the columns of a task.
+  struct Block {
+    int p;  // the product
+    int64_t row, rows;
+    int64_t column, columns;
+    T* sums;  // tile after tile, a column of tiles after the other
+
+    // fn(tile, row in the block, column in the block) for every tile.
+    template <class F>
+    XLMR_INLINE void for_each_tile(const F& fn) const {
+      T* tile = sums;
+      for (int64_t j = 0; j < columns; j += NR) {
+        for (int64_t i = 0; i < rows; i += MR, tile += MR * NR) fn(tile, i, j);
+      }
+    }
+  };
+
+  // Packed A: block after block of k, in each the panels one behind the other.
+  void pack_a(int64_t panel) const {
+    const int64_t row = panel * MR;
+    T* to = space_.a;
+    for (BlockOfK<T> k{products_}; !k.end(); k.advance()) {
+      pack_panel<MR>(products_->segment[k.segment].a.at(chunk_ + row, k.k),
+                     min_of(MR, chunk_rows_ - row), k.size(), to + row * k.size());
+      to += padded_rows_ * k.size();
+    }
+  }
+
+  // Rows [begin, end) of the chunk by the columns of one task. B is packed in spans of k: all of
+  // it, but for the gradients of very many rows, whose sums wait in C between the spans.
+  void columns(int64_t task, int64_t begin, int64_t end, int32_t thread) const {
+    Block block{};
+    while (task >= first_task_[block.p + 1]) ++block.p;
+    const Product<T>& product = products_[block.p];
+    block.column = (task - first_task_[block.p]) * task_columns_;
+    block.columns = min_of(task_columns_, product.columns - block.column);
+    block.sums = space_.sums + thread * GemmSpace<T>::kSums;
+    T* const own_b = space_.b + thread * space_.b_per_thread;
+    const int64_t padded_columns = round_up(block.columns, NR);
+    BlockOfK<T> first{&product};
+    for (int64_t k_begin = 0; k_begin < k_total_;) {
+      BlockOfK<T> last = first;
+      int64_t k_end = k_begin;
+      while (!last.end() && (is_packed_ || k_end - k_begin + last.size() <= kSpanK)) {
+        k_end += last.size();
+        last.advance();
+      }
+      for (block.row = begin; block.row < end; block.row += block_rows_) {
+        block.rows = min_of(block_rows_, end - block.row);
+        if (k_begin > 0) load(block);
+        int64_t k = k_begin;
+        for (BlockOfK<T> step = first; k < k_end; step.advance()) {
+          if (is_packed_) {
+            multiply(block, k, step.size(), product.packed_b + block.column * k_total_ + k * NR,
+                     k_total_, k_end);
+          } else {
+            // The first block of rows packs, for itself and the others.
+            T* const panels =
+                own_b + (end - begin <= block_rows_ ? 0 : k - k_begin) * padded_columns;
+            if (block.row == begin) {
+              pack_b(product.segment[step.segment].b.at(step.k, block.column), step.size(),
+                     block.columns, panels);
+            }
+            multiply(block, k, step.size(), panels, step.size(), k_end);
+          }
+          k += step.size();
+        }
+      }
+      first = last;
+      k_begin = k_end;
+    }
+  }
+
+  // Adds steps [k, k + k_size) to a block's sums. `b` holds panels of NR columns, panel_k steps
+  // from one to the next. At k_end the block goes to C.
+  void multiply(const Block& block, int64_t k, int64_t k_size, const T* b, int64_t panel_k,
+                int64_t k_end) const {
+    constexpr int64_t kBytes = NR * static_cast<int64_t>(sizeof(T));  // of B at one k
+    const T* const a = space_.a + padded_rows_ * k + block.row * k_size;
+    const int64_t tiles = ceil_div(block.rows, MR);
+    const bool finishes = k + k_size == k_end, is_last = k_end == k_total_;
+    block.for_each_tile([&](T* tile, int64_t i, int64_t j) {
+      const int64_t rows = min_of(MR, block.rows - i);
+      const T* panel = b + j * panel_k;
+      // The tiles over a panel of B ask for the next one, each for its part.
+      const LookAhead ahead = {
+          reinterpret_cast<const char*>(panel + NR * panel_k) + i / MR * k_size * kBytes / tiles,
+          kBytes / tiles};
+      if (finishes) prefetch_tile(block, rows, i, j);
+      multiply_tile<ALayout::panel>(k_size, a + i * k_size, MR, rows, panel, tile, NR, k > 0,
+                                    ahead);
+      if (!finishes) return;
+      for_each_vector<T>(rows, block.columns - j, [&](int64_t row, int64_t at, int64_t lanes) {
+        Vec<T> x = Vec<T>::load(tile + row * NR + at);
+        if (is_last) {
+          x = epilogue_(block.p, x, chunk_ + block.row + i + row, block.column + j + at, lanes);
+        }
+        store_lanes(c_at(block, i + row, j + at), x, lanes);
+      });
+    });
+  }
+
+  // The sums of the spans before.
+  void load(const Block& block) const {
+    block.for_each_tile([&](T* tile, int64_t i, int64_t j) {
+      for_each_vector<T>(
+          min_of(MR, block.rows - i), block.columns - j,
+          [&](int64_t row, int64_t at, int64_t lanes) {
+            load_lanes(c_at(block, i + row, j + at), lanes).store(tile + row * NR + at);
+          });
+    });
+  }
+
+  XLMR_INLINE T* c_at(const Block& block, int64_t i, int64_t j) const {
+    const Product<T>& product = products_[block.p];
+    return product.c + (chunk_ + block.row + i) * product.c_stride + block.column + j;
+  }
+
+  // Asks for the place that a tile goes to.
+  XLMR_INLINE void prefetch_tile(const Block& block, int64_t rows, int64_t i, int64_t j) const {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t at = 0; at < NR; at += kLine) {
+        __builtin_prefetch(c_at(block, i + row, j + at), 1);
+      }
+    }
+  }
+
+  const ExecContext& ctx_;
+  const GemmSpace<T>& space_;
+  const Product<T>* products_;
+  const Epilogue& epilogue_;
+  const bool is_packed_;
+  const int64_t k_total_;
+  int64_t task_columns_, column_tasks_;
+  int64_t first_task_[4] = {0, 0, 0, 0};
+  // The chunk of rows at work: its first row, its rows, rows of its packed A, of a block.
+  int64_t chunk_ = 0, chunk_rows_ = 0, padded_rows_ = 0, block_rows_ = 0;
+};
+
 template <class T, class Epilogue>
 void gemm(const ExecContext& ctx, const GemmSpace<T>& space, const Product<T>* products,
-          int num_products, Epilogue&& epilogue) {
-  constexpr int64_t MR = Tile<T>::kRows, NR = Tile<T>::kColumns;
-  const Product<T>& first = products[0];
-  const int64_t rows = first.rows, k_total = first.k_total();
-  if (rows == 0 || first.columns == 0) return;
-
-  int64_t total_panels = 0;
-  for (int p = 0; p < num_products; ++p) total_panels += ceil_div(products[p].columns, NR);
-  // Enough tasks to keep every thread busy to the end, none wider than L2 likes.
-  const int64_t panels_per_task = max_of<int64_t>(
-      1, min_of(kBlockPanels, ceil_div(total_panels, 4 * static_cast<int64_t>(ctx.num_threads))));
-  int64_t tasks = 0, first_task[4] = {0, 0, 0, 0};
-  for (int p = 0; p < num_products; ++p) {
-    tasks += ceil_div(ceil_div(products[p].columns, NR), panels_per_task);
-    first_task[p + 1] = tasks;
-  }
-
-  for (int64_t chunk = 0; chunk < rows; chunk += space.chunk_rows) {
-    const int64_t chunk_rows = min_of(space.chunk_rows, rows - chunk);
-    const int64_t panels = ceil_div(chunk_rows, MR);
-    const int64_t padded_rows = panels * MR;
-
-    // Packed A: block after block of k, in each the panels one behind the other.
-    auto pack = [&](int64_t panel, int32_t) {
-      const int64_t row = panel * MR;
-      T* block = space.a;
-      for (int s = 0; s < first.num_segments; ++s) {
-        const Segment<T>& segment = first.segment[s];
-        for (int64_t k = 0; k < segment.k; k += kBlockK) {
-          const int64_t k_size = min_of(kBlockK, segment.k - k);
-          T* dst = block + row * k_size;
-          pack_panel<MR>(segment.a.at(chunk + row, k), min_of(MR, chunk_rows - row), k_size, dst);
-          block += padded_rows * k_size;
-        }
-      }
-    };
-    parallel_for(ctx, panels, pack);
-
-    auto columns_task = [&](int64_t task, int32_t thread) {
-      int p = 0;
-      while (task >= first_task[p + 1]) ++p;
-      const Product<T>& product = products[p];
-      const int64_t column = (task - first_task[p]) * panels_per_task * NR;
-      const int64_t columns = min_of(panels_per_task * NR, product.columns - column);
-      T* packed_b = space.b + thread * space.b_per_thread;
-      const T* block = space.a;
-      int64_t k_done = 0;
-      for (int s = 0; s < product.num_segments; ++s) {
-        const Segment<T>& segment = product.segment[s];
-        for (int64_t k = 0; k < segment.k; k += kBlockK) {
-          const int64_t k_size = min_of(kBlockK, segment.k - k);
-          const bool is_first = k_done == 0;
-          k_done += k_size;
-          const bool is_last = k_done == k_total;
-          // Panels of NR columns: those of this block of k, or of all k with this block inside.
-          const T* panels_b = packed_b;
-          int64_t panel_k = k_size;
-          if (product.packed_b != nullptr) {
-            panels_b = product.packed_b + column * k_total + k * NR;
-            panel_k = k_total;
-          } else {
-            pack_b(segment.b.at(k, column), k_size, columns, packed_b);
-          }
-          for (int64_t begin = 0; begin < chunk_rows; begin += kBlockRows) {
-            const int64_t end = min_of(chunk_rows, begin + kBlockRows);
-            for (int64_t j = 0; j < columns; j += NR) {
-              for (int64_t row = begin; row < end; row += MR) {
-                const int64_t tile_rows = min_of(MR, end - row);
-                const T* a_panel = block + row * k_size;
-                const T* b_panel = panels_b + j * panel_k;
-                T* c = product.c + (chunk + row) * product.c_stride + column + j;
-                if (!is_last && tile_rows == MR && columns - j >= NR) {
-                  multiply_tile<ALayout::panel>(k_size, a_panel, MR, tile_rows, b_panel, c,
-                                                product.c_stride, !is_first);
-                  continue;
-                }
-                alignas(64) T tile[MR * NR];
-                multiply_tile<ALayout::panel>(k_size, a_panel, MR, tile_rows, b_panel, tile, NR,
-                                              false);
-                for_each_vector(tile, tile_rows, columns - j,
-                                [&](Vec<T> x, int64_t i, int64_t at, int64_t lanes) {
-                                  T* dst = c + i * product.c_stride + at;
-                                  if (!is_first) x = load_lanes(dst, lanes) + x;
-                                  if (is_last) {
-                                    x = epilogue(p, x, chunk + row + i, column + j + at, lanes);
-                                  }
-                                  store_lanes(dst, x, lanes);
-                                });
-              }
-            }
-          }
-          block += padded_rows * k_size;
-        }
-      }
-    };
-    parallel_for(ctx, tasks, columns_task);
-  }
+          int num_products, const Epilogue& epilogue) {
+  if (products[0].rows == 0 || products[0].columns == 0) return;
+  Gemm<T, Epilogue>(ctx, space, products, num_products, epilogue).run();
 }
 
 template <class T>

@@ -26,7 +26,7 @@ struct LinearForwardKernel {
   GemmSpace<T> gemm_space;
 
   LinearForwardKernel(Workspace& space, const LinearForward& a, const ExecContext& ctx)
-      : gemm_space(space, ctx, a.rows, a.in_features) {}
+      : gemm_space(space, ctx, a.rows, a.in_features, a.packed) {}
 
   void run(const LinearForward& a, const ExecContext& ctx) const {
     Product<T> product[3];

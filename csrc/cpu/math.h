@@ -44,6 +44,12 @@ XLMR_INLINE Vec<float> exp_bounded(Vec<float> x) {
   return e * pow2(n);
 }
 
+// The exponential of a softmax, x at most 87: 0 below -87, where nothing is left of a weight beside
+// the largest; NaN stays NaN.
+XLMR_INLINE Vec<float> exp_weight(Vec<float> x) {
+  return select(x < Vec<float>(-87.0f), Vec<float>::zero(), exp_bounded(x));
+}
+
 // |x| < 1: x + x P(x^2), relative error 1.3e-9. Above: 1 - exp(-Q(|x|)), absolute error 2.2e-11;
 // at 4 it is 1 in float32.
 XLMR_INLINE Vec<float> erf(Vec<float> x) {
@@ -77,6 +83,7 @@ XLMR_INLINE Vec<double> by_lane(Vec<double> x) {
   return Vec<double>::load(lanes);
 }
 XLMR_INLINE Vec<double> exp(Vec<double> x) { return by_lane<::exp>(x); }
+XLMR_INLINE Vec<double> exp_weight(Vec<double> x) { return exp(x); }
 XLMR_INLINE Vec<double> erf(Vec<double> x) { return by_lane<::erf>(x); }
 XLMR_INLINE Vec<double> tanh(Vec<double> x) { return by_lane<::tanh>(x); }
 

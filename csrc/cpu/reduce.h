@@ -24,7 +24,9 @@ XLMR_INLINE T sum_row(int64_t n, F&& term) {
 template <class T, class F>
 XLMR_INLINE void for_row(int64_t n, F&& fn) {
   constexpr int64_t V = Vec<T>::size;
-  for (int64_t j = 0; j < n; j += V) fn(j, min_of(V, n - j));
+  int64_t j = 0;
+  for (; j + V <= n; j += V) fn(j, V);
+  if (j < n) fn(j, n - j);
 }
 
 constexpr int64_t kRowBlock = 64;     // rows added up before they join the total
