@@ -26,32 +26,55 @@ class DropoutMask {
   // mask[j] = 0 or 1 / (1 - p) for column + j, j < n; writes up to kGroup - 1 elements more.
   // column is a multiple of 4.
   void row(int64_t head, int64_t row, int64_t column, int64_t n, T* mask) const {
+    // A lane holds one word of one counter in its low half; what is above is left to chance.
+    Words step;
+    for (int i = 0; i < kLanes; ++i) step[i] = static_cast<uint64_t>(i);
     for (int64_t j = 0; j < n; j += kGroup) {
-      uint32_t word[4][kCounters];
-      for (int i = 0; i < kCounters; ++i) {
-        word[0][i] = static_cast<uint32_t>((column + j) / 4 + i);
-        word[1][i] = static_cast<uint32_t>(row);
-        word[2][i] = static_cast<uint32_t>(head);
-        word[3][i] = site_;
+      Words word[kVectors][4];
+      for (int v = 0; v < kVectors; ++v) {
+        word[v][0] = step + static_cast<uint64_t>((column + j) / 4 + v * kLanes);
+        word[v][1] = Words{} + static_cast<uint64_t>(row);
+        word[v][2] = Words{} + static_cast<uint64_t>(head);
+        word[v][3] = Words{} + uint64_t{site_};
       }
       uint32_t k0 = key_[0], k1 = key_[1];
       for (int round = 0; round < kPhiloxRounds; ++round) {
-        for (int i = 0; i < kCounters; ++i) {
-          philox_round(word[0][i], word[1][i], word[2][i], word[3][i], k0, k1);
-        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) philox_round(word[v], k0, k1);
         k0 += kPhiloxW0;
         k1 += kPhiloxW1;
       }
-      for (int i = 0; i < kCounters; ++i) {
-        for (int w = 0; w < 4; ++w) mask[j + 4 * i + w] = word[w][i] >= threshold_ ? keep_ : T(0);
+      uint64_t pairs[kVectors * kLanes][2];  // the four words of a counter side by side
+      for (int v = 0; v < kVectors; ++v) {
+        const Words low = (word[v][0] & uint64_t{0xffffffffu}) | word[v][1] << 32;
+        const Words high = (word[v][2] & uint64_t{0xffffffffu}) | word[v][3] << 32;
+        for (int i = 0; i < kLanes; ++i) {
+          pairs[v * kLanes + i][0] = low[i];
+          pairs[v * kLanes + i][1] = high[i];
+        }
       }
+      uint32_t words[kGroup];
+      static_assert(sizeof(words) == sizeof(pairs));
+      memcpy(words, pairs, sizeof(words));
+      for (int i = 0; i < kGroup; ++i) mask[j + i] = words[i] >= threshold_ ? keep_ : T(0);
     }
   }
 
-  static constexpr int kCounters = 8;           // side by side, for the compiler to vectorise
-  static constexpr int kGroup = 4 * kCounters;  // columns they serve
+  static constexpr int kLanes = static_cast<int>(sizeof(Words) / sizeof(uint64_t));
+  static constexpr int kVectors = 8 / kLanes;  // counters side by side: 8, against the latency
+  static constexpr int kGroup = 4 * kLanes * kVectors;  // columns they serve
 
  private:
+  // philox_round() of core/philox.h on a counter a lane.
+  static XLMR_INLINE void philox_round(Words (&c)[4], uint32_t k0, uint32_t k1) {
+    const Words p0 = multiply_low(c[0], Words{} + uint64_t{kPhiloxM0});
+    const Words p1 = multiply_low(c[2], Words{} + uint64_t{kPhiloxM1});
+    c[0] = (p1 >> 32) ^ c[1] ^ uint64_t { k0 };
+    c[2] = (p0 >> 32) ^ c[3] ^ uint64_t { k1 };
+    c[1] = p1;
+    c[3] = p0;
+  }
+
   bool on_;
   uint32_t threshold_, site_, key_[2];
   T keep_;

@@ -163,6 +163,17 @@ XLMR_INLINE T reduce_max(Vec<T> a) {
   for (int i = 1; i < Vec<T>::size; ++i) m = max_of(m, a.v[i]);
   return m;
 }
+
+// 64-bit lanes, as many as fill a vector; the product of their low halves.
+using Words = uint64_t __attribute__((vector_size(16)));
+XLMR_INLINE Words multiply_low(Words a, Words b) {
+  Words product;
+  for (int i = 0; i < 2; ++i) {
+    product[i] = static_cast<uint64_t>(static_cast<uint32_t>(a[i])) * static_cast<uint32_t>(b[i]);
+  }
+  return product;
+}
+
 // rows[i][j] becomes rows[j][i].
 template <class T>
 XLMR_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {

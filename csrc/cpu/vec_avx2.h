@@ -98,6 +98,12 @@ XLMR_INLINE Vec<float> pow2(Vec<float> n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
+// 64-bit lanes, as many as fill a vector; the product of their low halves.
+using Words = uint64_t __attribute__((vector_size(32)));
+XLMR_INLINE Words multiply_low(Words a, Words b) {
+  return reinterpret_cast<Words>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+}
 XLMR_INLINE float reduce_add(Vec<float> a) {
   const __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 t = _mm_add_ps(s, _mm_movehl_ps(s, s));

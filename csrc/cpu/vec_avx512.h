@@ -94,6 +94,12 @@ XLMR_INLINE Vec<float> pow2(Vec<float> n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
 }
+// 64-bit lanes, as many as fill a vector; the product of their low halves.
+using Words = uint64_t __attribute__((vector_size(64)));
+XLMR_INLINE Words multiply_low(Words a, Words b) {
+  return reinterpret_cast<Words>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
 XLMR_INLINE float reduce_add(Vec<float> a) {
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

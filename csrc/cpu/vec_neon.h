@@ -105,6 +105,12 @@ XLMR_INLINE Vec<float> round(Vec<float> a) { return vrndnq_f32(a.v); }
 XLMR_INLINE Vec<float> pow2(Vec<float> n) {
   return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127)), 23));
 }
+// 64-bit lanes, as many as fill a vector; the product of their low halves.
+using Words = uint64_t __attribute__((vector_size(16)));
+XLMR_INLINE Words multiply_low(Words a, Words b) {
+  return reinterpret_cast<Words>(vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)),
+                                           vmovn_u64(reinterpret_cast<uint64x2_t>(b))));
+}
 XLMR_INLINE float reduce_add(Vec<float> a) {
   const float32x2_t s = vadd_f32(vget_low_f32(a.v), vget_high_f32(a.v));
   return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
