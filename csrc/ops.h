@@ -224,6 +224,7 @@ struct EmbeddingForward {
   const int64_t* position_ids;    // [N]
   const int64_t* token_type_ids;  // [N]; null means type 0 everywhere
   const void* word;               // [V, hidden]; may be null with inputs_embeds
+  const float* word_scale;        // [V]: `word` is int8, a row's values q * scale; may be null
   const void* position;           // [P, hidden]
   const void* token_type;         // [T, hidden]
   const void* weight;             // [hidden] LayerNorm's
@@ -262,14 +263,55 @@ struct EmbeddingBackward {
   void* dbias;        // [hidden]
 };
 
+// y = act(x W^T + b [+ addend]) in float32 over 8-bit weights, w = q * scale of its output channel.
+// Every row of x is quantised on the way: q = round(x * (127 / max|x|)), its scale max|x| / 127.
+// The product is exact in int32, the same on every table; then y = acc * (row scale * channel
+// scale) + b [+ addend], no two of these fused, and so without an activation y has the same bits on
+// every table. A row whose largest value is below 2^-100 counts as zeros; one that holds NaN or
+// infinity gives NaN.
+struct LinearInt8Forward {
+  Activation activation;                    // none or tanh
+  int64_t rows, in_features, out_features;  // in_features at most kInt8MaxFeatures
+  const float* x;                           // [N, in]
+  int64_t x_stride;
+  const void* weight;   // [out, in] as core/int8_layout.h lays it out
+  const float* bias;    // [out]; may be null
+  const float* addend;  // [N, out], added before the activation; may be null
+  int64_t addend_stride;
+  float* y;  // [N, out]
+  int64_t y_stride;
+};
+
+// y = act(x W1^T + b1) W2^T + b2 [+ addend], both products as in LinearInt8Forward.
+struct FeedForwardInt8Forward {
+  Activation activation;        // gelu, gelu_tanh or relu
+  int64_t rows, hidden, inner;  // hidden and inner at most kInt8MaxFeatures
+  const float* x;               // [N, hidden]
+  int64_t x_stride;
+  const void* up_weight;    // W1 [inner, hidden], packed
+  const float* up_bias;     // [inner]; may be null
+  const void* down_weight;  // W2 [hidden, inner], packed
+  const float* down_bias;   // [hidden]; may be null
+  const float* addend;      // [N, hidden]; may be null
+  int64_t addend_stride;
+  float* y;  // [N, hidden] contiguous
+};
+
 template <class Args>
 struct Op {
   int64_t (*workspace)(const Args&, const ExecContext&);
   Status (*run)(const Args&, const ExecContext&);
 };
 
+// The ops that a table of integer dot products puts in place of those of the table below it.
+struct Int8Ops {
+  Op<LinearInt8Forward> linear_forward;
+  Op<FeedForwardInt8Forward> feed_forward_forward;
+};
+
 struct KernelTable {
   const char* name;
+  const char* layout;  // the table whose pack_weight this one reads: its own name, or another's
   int64_t (*packed_bytes)(DType dtype, int64_t out_features, int64_t in_features);  // or -1
   Op<PackWeight> pack_weight;
   Op<LinearForward> linear_forward;
@@ -282,6 +324,7 @@ struct KernelTable {
   Op<LayerNormBackward> layer_norm_backward;
   Op<EmbeddingForward> embedding_forward;
   Op<EmbeddingBackward> embedding_backward;
+  Int8Ops int8;
 };
 
 }  // namespace xlmr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import random
 import resource
 import signal
@@ -23,7 +22,7 @@ from xlmr_vocabulary import write_tiny_vocabulary
 from xlmr_ext.cli import main
 from xlmr_ext.cli.arguments import with_options
 from xlmr_ext.cli.main import COMMANDS, build_parser
-from xlmr_ext.threads import available_cpus, cpu_quota
+from xlmr_ext.threads import available_cpus
 
 COMMAND = [sys.executable, "-m", "xlmr_ext"]
 WORDS = {
@@ -464,85 +463,6 @@ def test_demo_is_called_with_the_options(cli: Cli, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "xlmr_ext.demo.run", stand_in)
     assert cli("demo", "--output", "d", "--epochs", 2, "--threads", 1, "--seed", 7)[0] == 0
     assert calls == [{"model": None, "output_dir": Path("d"), "seed": 7, "threads": 1, "epochs": 2}]
-
-
-def cgroups(root: Path, memberships: str, mounts: str, **quotas: str) -> Path:
-    """A file tree as the kernel shows it; ``__`` in a name stands for ``/``."""
-    contents = {"proc/self/cgroup": memberships, "proc/self/mountinfo": mounts}
-    contents |= {name.replace("__", "/").replace("cpu_", "cpu."): q for name, q in quotas.items()}
-    for name, content in contents.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return root
-
-
-V2 = "30 23 0:26 / /cg rw,nosuid shared:4 - cgroup2 cgroup2 rw\n"
-V1 = """\
-32 31 0:29 / /cg/cpu rw - cgroup cgroup rw,cpu,cpuacct
-33 31 0:30 / /m rw - cgroup x rw,memory
-"""
-
-
-@pytest.mark.parametrize(
-    ("memberships", "mounts", "files", "quota"),
-    [
-        ("0::/a/b\n", V2, {"cg__a__b__cpu_max": "150000 100000\n"}, 1.5),
-        ("0::/a/b\n", V2, {"cg__a__b__cpu_max": "max 100000\n"}, None),
-        # A group above may allow less.
-        (
-            "0::/a/b\n",
-            V2,
-            {"cg__a__b__cpu_max": "400000 100000\n", "cg__a__cpu_max": "200000 100000\n"},
-            2.0,
-        ),
-        # In a container the path is the host's, and the mount is the group.
-        ("0::/host/pod\n", V2, {"cg__cpu_max": "50000 100000\n"}, 0.5),
-        ("0::/../other\n", V2, {"cg__cpu_max": "300000 100000\n"}, 3.0),
-        (
-            "0::/pod\n",
-            "30 23 0:26 /pod /cg rw - cgroup2 cgroup2 rw\n",
-            {"cg__cpu_max": "300000 100000\n"},
-            3.0,
-        ),
-        (
-            "4:memory:/x\n3:cpu,cpuacct:/x\n0::/\n",
-            V1,
-            {
-                "cg__cpu__x__cpu_cfs_quota_us": "250000\n",
-                "cg__cpu__x__cpu_cfs_period_us": "100000\n",
-                "m__x__cpu_cfs_quota_us": "1\n",
-            },
-            2.5,
-        ),
-        (
-            "3:cpu,cpuacct:/\n",
-            V1,
-            {"cg__cpu__cpu_cfs_quota_us": "-1\n", "cg__cpu__cpu_cfs_period_us": "100000\n"},
-            None,
-        ),
-        ("garbage\n", "garbage\n", {}, None),
-    ],
-)
-def test_cpu_quota(
-    tmp_path: Path,
-    memberships: str,
-    mounts: str,
-    files: dict[str, str],
-    quota: float | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    root = cgroups(tmp_path, memberships, mounts, **files)
-    assert cpu_quota(root) == quota
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6, 7})
-    assert available_cpus(root) == {None: 8, 0.5: 1, 1.5: 2, 2.0: 2, 2.5: 3, 3.0: 3}[quota]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
-    assert available_cpus(root) == 1
-
-
-def test_no_cgroups_at_all(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path) is None
-    assert available_cpus(tmp_path) >= 1
 
 
 def test_thread_count_by_the_environment(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

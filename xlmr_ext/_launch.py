@@ -47,6 +47,7 @@ from xlmr_ext._checks import (
     check_tensor,
     dtype_code,
 )
+from xlmr_ext.threads import CallThreads, available_cpus
 
 # --- Calling -------------------------------------------------------------------------------------
 
@@ -80,10 +81,14 @@ def _dropout(op: str, p: float, site: int, seed: Tensor | None) -> tuple[float, 
     return p, site, _ptr(seed)
 
 
+_call_threads = CallThreads(torch.get_num_threads())
+_C.set_cpu_capacity(available_cpus())
+
+
 def _call(function: Callable[..., int], *args: Any) -> None:
     buffer = _workspace.buffer
-    # The thread count is asked for on every call: it belongs to the calling thread.
-    threads = torch.get_num_threads()
+    # torch is asked on every call: the number belongs to the calling thread.
+    threads = _call_threads(torch.get_num_threads())
     needed = function(*args, threads, buffer.data_ptr(), buffer.numel())
     if needed:
         buffer = torch.empty(needed, dtype=torch.uint8)
@@ -506,6 +511,7 @@ class _EmbeddingInputs:
         position: Tensor,
         token_type: Tensor,
         weight: Tensor,
+        word_scale: Tensor | None = None,
     ) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"{op}: give either input_ids or inputs_embeds")
@@ -529,10 +535,14 @@ class _EmbeddingInputs:
             )
         elif types < 1:
             raise ValueError(f"{op}: token_type has no rows; expected at least 1")
-        self.input_ids = self.inputs_embeds = self.word = None
+        self.input_ids = self.inputs_embeds = self.word = self.word_scale = None
         if word is not None:
             words = check_rank2(op, "word", word)[0]
-            check_tensor(op, "word", word, (words, self.hidden), self.dtype)
+            word_dtype = self.dtype
+            if word_scale is not None:
+                check_tensor(op, "word_scale", word_scale, (words,), torch.float32)
+                self.word_scale, word_dtype = word_scale.contiguous(), torch.int8
+            check_tensor(op, "word", word, (words, self.hidden), word_dtype)
             self.word = word.contiguous()
         if input_ids is not None:
             if self.word is None:
@@ -661,15 +671,18 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``, ``python``, ``torch``, ``compiler``, ``openmp`` (the standard, a date),
     ``tables_built``, ``tables_usable``, ``table`` and ``table_reason`` (the kernel table in use and
-    why), ``threads`` (what the next call may use), ``cuda`` (whether CUDA kernels were built).
+    why), ``threads`` and ``threads_by`` (what the next call may use, and what decides it), ``cuda``
+    (whether CUDA kernels were built).
     """
     from xlmr_ext import __version__
 
+    threads = torch.get_num_threads()
     return {
         "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **_C.describe(),
-        "threads": torch.get_num_threads(),
+        "threads": _call_threads(threads),
+        "threads_by": _call_threads.reason(threads),
         "cuda": False,
     }

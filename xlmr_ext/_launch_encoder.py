@@ -28,15 +28,17 @@ from xlmr_ext._checks import (
 from xlmr_ext._launch import _call, _EmbeddingInputs, _ptr
 
 _NO_DROPOUT = (0.0, 0, 0)
+ANY_TABLE = "any"
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [out, in] as one kernel table reads it.
+    """A weight [out, in] as the kernels read it.
 
     Attributes:
-        data: uint8, the table's own layout.
-        table: name of the table.
+        data: uint8, the packed bytes.
+        dtype: of the values: float32, float64 or int8.
+        table: name of the table whose layout it is; ``ANY_TABLE`` for int8, which has one layout.
     """
 
     data: Tensor
@@ -55,7 +57,33 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     weight = weight.detach().contiguous()
     data = torch.empty(_C.packed_bytes(code, out_features, in_features), dtype=torch.uint8)
     _call(_C.pack_weight, code, out_features, in_features, _ptr(weight), _ptr(data))
-    return PackedWeight(data, out_features, in_features, weight.dtype, _C.table_name())
+    return PackedWeight(data, out_features, in_features, weight.dtype, _C.layout_name())
+
+
+def pack_int8(q: Tensor, scale: Tensor) -> PackedWeight:
+    """Packs a weight [out, in] of int8 in [-127, 127], its values being q * scale of their row.
+
+    Args:
+        q: int8 [out, in]; ``in`` at most 2^17, so that sums of products fit into 32 bits.
+        scale: float32 [out], finite and not negative.
+    """
+    op = "pack_int8"
+    out_features, in_features = check_rank2(op, "q", q)
+    check_positive(op, out_features=out_features, in_features=in_features)
+    check_tensor(op, "q", q, (out_features, in_features), torch.int8)
+    check_tensor(op, "scale", scale, (out_features,), torch.float32)
+    if in_features > _C.int8_max_features:
+        raise ValueError(
+            f"{op}: q has {in_features} columns; expected at most {_C.int8_max_features}"
+        )
+    if int(q.min()) < -127:
+        raise ValueError(f"{op}: q holds -128; expected -127 to 127")
+    if not bool(((scale >= 0) & (scale < math.inf)).all()):
+        raise ValueError(f"{op}: scale holds a number that is negative or not finite")
+    q, scale = q.detach().contiguous(), scale.detach().contiguous()
+    data = torch.empty(_C.packed_int8_bytes(out_features, in_features), dtype=torch.uint8)
+    _C.pack_int8_weight(out_features, in_features, _ptr(q), _ptr(scale), _ptr(data))
+    return PackedWeight(data, out_features, in_features, torch.int8, ANY_TABLE)
 
 
 @dataclass(frozen=True)
@@ -114,8 +142,11 @@ class PackedEncoder:
         self.hidden, self.inner, self.num_heads = hidden, inner, num_heads
         self.activation = check_activation(op, activation, FEED_FORWARD_ACTIVATIONS)
         self.layers = tuple(layers)
-        self.table = _C.table_name()
-        self.dtype = _as_packed("layer 0: up", self.layers[0].up).dtype
+        first = _as_packed("layer 0: up", self.layers[0].up)
+        self.int8 = first.dtype == torch.int8
+        self.table = ANY_TABLE if self.int8 else _C.layout_name()
+        self.weight_dtype = first.dtype
+        self.dtype = torch.float32 if self.int8 else first.dtype
         shapes = {
             "query_key_value": (3 * hidden, hidden),
             "query": (hidden, hidden),
@@ -170,15 +201,18 @@ class PackedEncoder:
                 f"encoder: {name} is [{weight.out_features}, {weight.in_features}]; expected "
                 f"{list(shape)}"
             )
-        if (weight.dtype, weight.table) != (self.dtype, self.table):
+        if (weight.dtype, weight.table) != (self.weight_dtype, self.table):
             raise ValueError(
                 f"encoder: {name} is {weight.dtype} packed for {weight.table}; expected "
-                f"{self.dtype} for {self.table}"
+                f"{self.weight_dtype} for {self.table}"
             )
-        code = dtype_code("encoder", name, torch.empty(0, dtype=weight.dtype))
-        size = _C.packed_bytes(code, *shape)
+        if self.int8:
+            size = _C.packed_int8_bytes(*shape)
+        else:
+            code = dtype_code("encoder", name, torch.empty(0, dtype=weight.dtype))
+            size = _C.packed_bytes(code, *shape)
         check_tensor("encoder", f"{name}'s data", weight.data, (size,), torch.uint8)
-        if not weight.data.is_contiguous() or _ptr(weight.data) % weight.dtype.itemsize:
+        if not weight.data.is_contiguous() or _ptr(weight.data) % self.dtype.itemsize:
             raise ValueError(f"encoder: {name}'s data is not contiguous and aligned")
 
     def forward(
@@ -197,12 +231,14 @@ class PackedEncoder:
         max_seqlen: int,
         first_only: bool,
         keep: bool,
+        word_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """-> the last hidden states [N, hidden] (with ``first_only`` [B, hidden], those of each
         sequence's first token, 0 where it has none), and with ``keep`` every layer's input
-        [layers, N, hidden]."""
+        [layers, N, hidden]. With ``word_scale`` (float32, one a row) ``word`` is int8, a row's
+        values being q * scale."""
         op = "encoder"
-        if _C.table_name() != self.table:
+        if self.table not in (ANY_TABLE, _C.layout_name()):
             raise RuntimeError(
                 f"{op}: its weights are packed for the table {self.table}, {_C.table_name()} is "
                 "in use"
@@ -211,7 +247,7 @@ class PackedEncoder:
             raise ValueError(f"{op}: first_only needs a last layer whose query stands alone")
         inputs = _EmbeddingInputs(
             op, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type,
-            norm_weight,
+            norm_weight, word_scale,
         )  # fmt: skip
         if inputs.hidden != self.hidden or inputs.dtype != self.dtype:
             raise ValueError(
@@ -228,6 +264,7 @@ class PackedEncoder:
         _call(
             _C.encoder_forward, code, self.activation, rows, hidden, self.inner, self.num_heads,
             batch, max_seqlen, _ptr(cu_seqlens), 1.0 / math.sqrt(hidden // self.num_heads), eps,
-            *tables, _ptr(norm_bias), self._addresses, first_only, _ptr(y), _ptr(states),
+            *tables, _ptr(norm_bias), _ptr(inputs.word_scale), self._addresses, self.int8,
+            first_only, _ptr(y), _ptr(states),
         )  # fmt: skip
         return y, states

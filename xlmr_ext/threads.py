@@ -1,4 +1,4 @@
-"""How many processors this process may use: its affinity and its container's quota."""
+"""How many processors this process may use, and how many threads a native call takes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,71 @@ import os
 from pathlib import Path, PurePosixPath
 
 
+class CallThreads:
+    """The number of threads of native calls: torch's, or the CPU quota's where nobody chose one.
+
+    torch takes a thread for every processor, or every core, that the process may run on, and knows
+    of no quota; threads beyond the quota are stopped in turn, while the others wait for them. So
+    where torch's number is its own choice and above the quota, calls take the quota, rounded up as
+    in `available_cpus`. torch's setting stays what it is. The number was somebody's choice where
+
+    * ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` is set, or
+    * ``torch.set_num_threads`` has changed it since this object was made, or
+    * it is less than half of the processors that the process may run on.
+
+    Args:
+        torch_threads: ``torch.get_num_threads()`` now.
+        root: where ``/proc`` and the cgroup file systems are looked for.
+
+    Attributes:
+        limit: what replaces torch's own number; None where that is fine as it is.
+        quota: the CPU quota in processors that ``limit`` comes from.
+    """
+
+    def __init__(self, torch_threads: int, root: Path = Path("/")) -> None:
+        self.replaced = torch_threads
+        self.limit: int | None = None
+        self.quota = cpu_quota(root)
+        chosen = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+        if self.quota is None or chosen or 2 * torch_threads < _affinity():
+            return
+        available = available_cpus(root)
+        if available < torch_threads:
+            self.limit = available
+
+    def __call__(self, torch_threads: int) -> int:
+        """Threads of a call where torch would take ``torch_threads``."""
+        if self.limit is None or torch_threads != self.replaced:
+            return torch_threads
+        return self.limit
+
+    def reason(self, torch_threads: int) -> str:
+        """What decides the answer to ``torch_threads``, for people."""
+        if self(torch_threads) == torch_threads:
+            return "torch.get_num_threads()"
+        return f"a CPU quota of {self.quota:g}"
+
+
 def available_cpus(root: Path = Path("/")) -> int:
     """Processors that this process may use, at least 1.
 
     The smaller of its affinity mask (``taskset``, cpusets) and the CPU quota of its cgroup and
-    of every cgroup above it, version 1 or 2, rounded up. ``os.cpu_count()`` sees neither.
+    of every cgroup above it, version 1 or 2, rounded up: of 1.5 processors one thread would leave
+    a third unused. ``os.cpu_count()`` sees neither.
 
     Args:
         root: where ``/proc`` and the cgroup file systems are looked for.
     """
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):
-        allowed = os.cpu_count() or 1
+    allowed = _affinity()
     quota = cpu_quota(root)
     return max(1, allowed if quota is None else min(allowed, math.ceil(quota)))
+
+
+def _affinity() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

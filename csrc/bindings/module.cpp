@@ -11,9 +11,11 @@
 #include <string>
 #include <vector>
 
+#include "core/cpu_budget.h"
 #include "core/cpu_features.h"
 #include "core/dispatch.h"
 #include "core/encoder.h"
+#include "core/int8_layout.h"
 #include "core/parallel.h"
 #include "ops.h"
 
@@ -37,8 +39,8 @@ void pointers(const std::vector<Address>& from, P (&to)[3]) {
 
 // query(ctx) gives the bytes of workspace, run(ctx) works.
 template <class Query, class Run>
-int64_t execute(const Query& query, const Run& run, int32_t num_threads, Address workspace,
-                int64_t workspace_bytes) {
+int64_t execute(xlmr::Entry entry, const Query& query, const Run& run, int32_t num_threads,
+                Address workspace, int64_t workspace_bytes) {
   py::gil_scoped_release unlocked;
   ExecContext ctx;
   ctx.num_threads = num_threads;
@@ -46,6 +48,8 @@ int64_t execute(const Query& query, const Run& run, int32_t num_threads, Address
   const int64_t needed = query(ctx);
   if (needed < 0) throw std::overflow_error("the workspace of this shape does not fit in 64 bits");
   if (needed > workspace_bytes) return needed;
+  const xlmr::CpuTurn turn(entry, num_threads);
+  ctx.num_threads = turn.threads();  // or fewer: they need no more workspace
   if (const char* error = run(ctx)) throw std::runtime_error(error);
   return 0;
 }
@@ -54,9 +58,10 @@ template <class Args>
 int64_t execute(xlmr::Op<Args> KernelTable::* op, const Args& args, int32_t num_threads,
                 Address workspace, int64_t workspace_bytes) {
   const xlmr::Op<Args>& kernel = xlmr::active().table->*op;
-  return execute([&](const ExecContext& ctx) { return kernel.workspace(args, ctx); },
-                 [&](const ExecContext& ctx) { return kernel.run(args, ctx); }, num_threads,
-                 workspace, workspace_bytes);
+  return execute(
+      xlmr::Entry::at_once, [&](const ExecContext& ctx) { return kernel.workspace(args, ctx); },
+      [&](const ExecContext& ctx) { return kernel.run(args, ctx); }, num_threads, workspace,
+      workspace_bytes);
 }
 
 xlmr::Dropout dropout(double p, int64_t site, Address seed) {
@@ -359,6 +364,19 @@ int64_t pack_weight(int dtype, int64_t out_features, int64_t in_features, Addres
   return XLMR_EXECUTE(pack_weight);
 }
 
+int64_t packed_int8_bytes(int64_t out_features, int64_t in_features) {
+  const int64_t bytes = xlmr::packed_int8_bytes(out_features, in_features);
+  if (bytes < 0) throw std::overflow_error("a packed weight of this shape does not fit in 64 bits");
+  return bytes;
+}
+
+void pack_int8_weight(int64_t out_features, int64_t in_features, Address weight, Address scale,
+                      Address packed) {
+  py::gil_scoped_release unlocked;
+  xlmr::pack_int8_weight(out_features, in_features, pointer_to<int8_t>(weight),
+                         pointer_to<float>(scale), pointer(packed));
+}
+
 // The fields of xlmr::EncoderLayer, in their order.
 using LayerAddresses = std::array<Address, 14>;
 
@@ -367,8 +385,8 @@ int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden,
                         double scale, double eps, Address input_ids, Address inputs_embeds,
                         int64_t inputs_embeds_stride, Address position_ids, Address token_type_ids,
                         Address word, Address position, Address token_type, Address weight,
-                        Address bias, const std::vector<LayerAddresses>& layers, bool first_only,
-                        Address y, Address states, XLMR_TAIL) {
+                        Address bias, Address word_scale, const std::vector<LayerAddresses>& layers,
+                        bool int8_weights, bool first_only, Address y, Address states, XLMR_TAIL) {
   static_assert(sizeof(xlmr::EncoderLayer) == sizeof(LayerAddresses));
   xlmr::EncoderForward a{};
   set_embedding_inputs(a.embedding, dtype, rows, hidden, {}, input_ids, inputs_embeds,
@@ -376,6 +394,7 @@ int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden,
                        token_type, weight);
   a.embedding.eps = eps;
   a.embedding.bias = pointer(bias);
+  a.embedding.word_scale = pointer_to<float>(word_scale);
   a.activation = static_cast<xlmr::Activation>(activation);
   a.inner = inner;
   a.num_heads = num_heads;
@@ -385,11 +404,13 @@ int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden,
   a.scale = scale;
   a.cu_seqlens = pointer_to<int32_t>(cu_seqlens);
   a.layers = reinterpret_cast<const xlmr::EncoderLayer*>(layers.data());
+  a.int8_weights = int8_weights;
   a.first_only = first_only;
   a.y = pointer(y);
   a.states = pointer(states);
   const KernelTable& table = *xlmr::active().table;
   return execute(
+      xlmr::Entry::in_turn,
       [&](const ExecContext& ctx) { return xlmr::encoder_forward_workspace(table, a, ctx); },
       [&](const ExecContext& ctx) { return xlmr::encoder_forward(table, a, ctx); }, num_threads,
       workspace, workspace_bytes);
@@ -434,8 +455,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_backward", &embedding_backward);
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_weight", &pack_weight);
+  m.def("packed_int8_bytes", &packed_int8_bytes);
+  m.def("pack_int8_weight", &pack_int8_weight);
+  m.attr("int8_max_features") = xlmr::kInt8MaxFeatures;
   m.def("encoder_forward", &encoder_forward);
   m.def("describe", &describe);
+  m.def("set_cpu_capacity", [](int32_t cpus) { xlmr::cpu_budget().set_capacity(cpus); });
   m.def("table_name", [] { return xlmr::active().table->name; });
+  m.def("layout_name", [] { return xlmr::active().table->layout; });
   m.def("set_table", [](const std::string& name) { xlmr::set_active(name.c_str()); });
 }

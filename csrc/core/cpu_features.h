@@ -9,6 +9,8 @@ enum Feature : uint32_t {
   kFeatureAvx2 = 1u << 0,
   kFeatureFma = 1u << 1,
   kFeatureAvx512 = 1u << 2,  // F, BW, DQ and VL: every processor with AVX-512 since 2017
+  kFeatureAvx512Vnni = 1u << 3,
+  kFeatureAvxVnni = 1u << 4,  // the same dot products without AVX-512
 };
 
 // The features that this process may use (bits of Feature).

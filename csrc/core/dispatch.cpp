@@ -15,9 +15,19 @@ namespace avx2 {
 extern const KernelTable table;
 }
 #endif
+#if defined(XLMR_HAVE_AVX2_VNNI)
+namespace avx2_vnni {
+extern const Int8Ops int8_ops;
+}
+#endif
 #if defined(XLMR_HAVE_AVX512)
 namespace avx512 {
 extern const KernelTable table;
+}
+#endif
+#if defined(XLMR_HAVE_AVX512_VNNI)
+namespace avx512_vnni {
+extern const Int8Ops int8_ops;
 }
 #endif
 #if defined(XLMR_HAVE_NEON)
@@ -26,14 +36,35 @@ extern const KernelTable table;
 }
 #endif
 
+KernelTable with_int8(const KernelTable& below, const char* name, const Int8Ops& ops) {
+  KernelTable table = below;
+  table.name = name;
+  table.int8 = ops;
+  return table;
+}
+
 const std::vector<TableInfo>& built_tables() {
+#if defined(XLMR_HAVE_AVX2_VNNI)
+  static const KernelTable avx2_vnni_table =
+      with_int8(avx2::table, "avx2_vnni", avx2_vnni::int8_ops);
+#endif
+#if defined(XLMR_HAVE_AVX512_VNNI)
+  static const KernelTable avx512_vnni_table =
+      with_int8(avx512::table, "avx512_vnni", avx512_vnni::int8_ops);
+#endif
   static const std::vector<TableInfo> tables = {
       {&baseline::table, 0},
 #if defined(XLMR_HAVE_AVX2)
       {&avx2::table, kFeatureAvx2 | kFeatureFma},
 #endif
+#if defined(XLMR_HAVE_AVX2_VNNI)
+      {&avx2_vnni_table, kFeatureAvx2 | kFeatureFma | kFeatureAvxVnni},
+#endif
 #if defined(XLMR_HAVE_AVX512)
       {&avx512::table, kFeatureAvx2 | kFeatureFma | kFeatureAvx512},
+#endif
+#if defined(XLMR_HAVE_AVX512_VNNI)
+      {&avx512_vnni_table, kFeatureAvx2 | kFeatureFma | kFeatureAvx512 | kFeatureAvx512Vnni},
 #endif
 #if defined(XLMR_HAVE_NEON)
       {&neon::table, 0},  // every AArch64 processor has Advanced SIMD

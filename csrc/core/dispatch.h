@@ -17,6 +17,9 @@ struct TableInfo {
 // Every table of this build, the slowest first.
 const std::vector<TableInfo>& built_tables();
 
+// A table like `below`, with a name and integer products of its own.
+KernelTable with_int8(const KernelTable& below, const char* name, const Int8Ops& ops);
+
 struct Choice {
   const KernelTable* table;
   std::string reason;

@@ -156,6 +156,22 @@ class Encoder {
 
   Status linear(int64_t rows, int64_t x_stride, const void* x, int64_t out, const void* weight,
                 const void* bias, const void* addend, void* y, int64_t y_stride) {
+    if (args_.int8_weights) {
+      LinearInt8Forward a{};
+      a.activation = Activation::none;
+      a.rows = rows;
+      a.in_features = hidden();
+      a.out_features = out;
+      a.x = static_cast<const float*>(x);
+      a.x_stride = x_stride;
+      a.weight = weight;
+      a.bias = static_cast<const float*>(bias);
+      a.addend = static_cast<const float*>(addend);
+      a.addend_stride = hidden();
+      a.y = static_cast<float*>(y);
+      a.y_stride = y_stride;
+      return step(table_.int8.linear_forward, a);
+    }
     LinearForward a{};
     a.dtype = embedding_.dtype;
     a.activation = Activation::none;
@@ -177,6 +193,21 @@ class Encoder {
 
   // sum = FFN(context) + context
   Status feed_forward(int64_t rows, const EncoderLayer& w) {
+    if (args_.int8_weights) {
+      FeedForwardInt8Forward a{};
+      a.activation = args_.activation;
+      a.rows = rows;
+      a.hidden = hidden();
+      a.inner = args_.inner;
+      a.x = a.addend = static_cast<const float*>(context_);
+      a.x_stride = a.addend_stride = hidden();
+      a.up_weight = w.up_weight;
+      a.up_bias = static_cast<const float*>(w.up_bias);
+      a.down_weight = w.down_weight;
+      a.down_bias = static_cast<const float*>(w.down_bias);
+      a.y = static_cast<float*>(sum_);
+      return step(table_.int8.feed_forward_forward, a);
+    }
     FeedForwardForward a{};
     a.dtype = embedding_.dtype;
     a.activation = args_.activation;

@@ -33,6 +33,7 @@ struct EncoderForward {
   double scale;                // of the attention's scores
   const int32_t* cu_seqlens;   // [batch + 1]
   const EncoderLayer* layers;  // [num_layers], read by the query too
+  bool int8_weights;           // as core/int8_layout.h lays them out, and all else float32
   // The last layer computes keys and values for all tokens and everything else for the first token
   // of every sequence alone; that layer has its query apart. Rows of empty sequences are 0.
   bool first_only;

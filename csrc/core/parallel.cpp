@@ -1,9 +1,10 @@
 #include "core/parallel.h"
 
-#include <omp.h>
 #include <pthread.h>
 
 #include <atomic>
+
+#include "core/team.h"
 
 namespace xlmr {
 namespace {
@@ -14,30 +15,36 @@ void enter_serial_mode() { forked_child.store(true, std::memory_order_relaxed); 
 
 const int fork_handler = pthread_atfork(nullptr, nullptr, enter_serial_mode);
 
-}  // namespace
-
-void parallel_tasks(int32_t num_threads, int64_t tasks, TaskFn fn, void* arg) {
-  (void)fork_handler;
-  if (num_threads <= 1 || tasks <= 1 || omp_in_parallel() ||
-      forked_child.load(std::memory_order_relaxed)) {
-    for (int64_t task = 0; task < tasks; ++task) fn(arg, task, 0);
-    return;
-  }
+struct Work {
+  TaskFn fn;
+  void* arg;
+  int64_t tasks;
   std::atomic<int64_t> next{0};
-  // No num_threads clause: changing the team's size makes libgomp build a new pool
-  // (pytorch issue 32008). Surplus threads leave at once.
-#pragma omp parallel
-  {
-    const int32_t thread = omp_get_thread_num();
-    if (thread < num_threads) {
-      for (int64_t task = next.fetch_add(1, std::memory_order_relaxed); task < tasks;
-           task = next.fetch_add(1, std::memory_order_relaxed)) {
-        fn(arg, task, thread);
-      }
-    }
+};
+
+void take_tasks(void* arg, int32_t thread) {
+  Work& work = *static_cast<Work*>(arg);
+  for (int64_t task = work.next.fetch_add(1, std::memory_order_relaxed); task < work.tasks;
+       task = work.next.fetch_add(1, std::memory_order_relaxed)) {
+    work.fn(work.arg, task, thread);
   }
 }
 
-int32_t openmp_version() { return _OPENMP; }
+}  // namespace
+
+int32_t usable_threads(int32_t num_threads) {
+  (void)fork_handler;
+  const bool serial = num_threads <= 1 || forked_child.load(std::memory_order_relaxed) || in_team();
+  return serial ? 1 : num_threads;
+}
+
+void parallel_tasks(int32_t num_threads, int64_t tasks, TaskFn fn, void* arg) {
+  if (tasks <= 1 || usable_threads(num_threads) == 1) {
+    for (int64_t task = 0; task < tasks; ++task) fn(arg, task, 0);
+    return;
+  }
+  Work work{fn, arg, tasks};
+  run_team(num_threads, take_tasks, &work);
+}
 
 }  // namespace xlmr

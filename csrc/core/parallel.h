@@ -1,4 +1,4 @@
-// The only door to threads. Tasks run on torch's own OpenMP team.
+// The only door to threads. Tasks run on torch's own OpenMP team (team.h).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,10 @@ using TaskFn = void (*)(void* arg, int64_t task, int32_t thread);
 // forked child (an OpenMP team does not survive fork). fn must not throw.
 void parallel_tasks(int32_t num_threads, int64_t tasks, TaskFn fn, void* arg);
 
-// What the OpenMP runtime says of itself, for build_info().
+// The threads that parallel_tasks() would take of num_threads: 1 where it runs serially.
+int32_t usable_threads(int32_t num_threads);
+
+// What the OpenMP runtime says of itself, for build_info(); 0 without OpenMP.
 int32_t openmp_version();
 
 }  // namespace xlmr

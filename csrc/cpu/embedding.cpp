@@ -5,12 +5,26 @@
 namespace xlmr::XLMR_ISA {
 namespace {
 
-// The three tables' sum for one row; Args is EmbeddingForward or EmbeddingBackward.
+// The row of the word table, or what stands for it; Args is EmbeddingForward or EmbeddingBackward.
 template <class T, class Args>
-XLMR_INLINE void gather_row(const Args& a, int64_t row, T* sum) {
-  const T* word = a.inputs_embeds != nullptr
-                      ? static_cast<const T*>(a.inputs_embeds) + row * a.inputs_embeds_stride
-                      : static_cast<const T*>(a.word) + a.input_ids[row] * a.hidden;
+XLMR_INLINE const T* word_row(const Args& a, int64_t row) {
+  return a.inputs_embeds != nullptr
+             ? static_cast<const T*>(a.inputs_embeds) + row * a.inputs_embeds_stride
+             : static_cast<const T*>(a.word) + a.input_ids[row] * a.hidden;
+}
+
+// The row of an 8-bit word table, as floats.
+template <class T>
+XLMR_INLINE void word_row_int8(const EmbeddingForward& a, int64_t row, T* out) {
+  const int64_t id = a.input_ids[row];
+  const int8_t* q = static_cast<const int8_t*>(a.word) + id * a.hidden;
+  const T scale = static_cast<T>(a.word_scale[id]);
+  for (int64_t j = 0; j < a.hidden; ++j) out[j] = static_cast<T>(q[j]) * scale;
+}
+
+// The three tables' sum for one row; `word` may be `sum`.
+template <class T, class Args>
+XLMR_INLINE void gather_row(const Args& a, int64_t row, const T* word, T* sum) {
   const T* position = static_cast<const T*>(a.position) + a.position_ids[row] * a.hidden;
   const int64_t type = a.token_type_ids != nullptr ? a.token_type_ids[row] : 0;
   const T* token_type = static_cast<const T*>(a.token_type) + type * a.hidden;
@@ -41,7 +55,13 @@ struct EmbeddingForwardKernel {
       const int64_t begin = block * kNormRows;
       for (int64_t row = begin; row < min_of(a.rows, begin + kNormRows); ++row) {
         T* y = static_cast<T*>(a.y) + row * a.hidden;
-        gather_row(a, row, sum_row);
+        const T* word = sum_row;
+        if (a.word_scale != nullptr && a.inputs_embeds == nullptr) {
+          word_row_int8(a, row, sum_row);
+        } else {
+          word = word_row<T>(a, row);
+        }
+        gather_row(a, row, word, sum_row);
         const auto stat =
             normalize_row<T>(a.hidden, static_cast<T>(a.eps), sum_row,
                              static_cast<const T*>(a.weight), static_cast<const T*>(a.bias), y);
@@ -92,7 +112,7 @@ struct EmbeddingBackwardKernel {
           scale_row(a.hidden, mask_row, masked);
           dy = masked;
         }
-        gather_row(a, row, sum_row);
+        gather_row(a, row, word_row<T>(a, row), sum_row);
         normalize_row_backward<T>(
             a.hidden, {static_cast<const T*>(a.mean)[row], static_cast<const T*>(a.rstd)[row]}, dy,
             sum_row, static_cast<const T*>(a.weight), dsum + row * a.hidden, dweight,

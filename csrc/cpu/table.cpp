@@ -5,9 +5,23 @@ namespace xlmr::XLMR_ISA {
 
 #define XLMR_STRING2(x) #x
 #define XLMR_STRING(x) XLMR_STRING2(x)
+#define XLMR_INT8_OPS                                                \
+  {                                                                  \
+    {linear_int8_forward_workspace, linear_int8_forward}, {          \
+      feed_forward_int8_forward_workspace, feed_forward_int8_forward \
+    }                                                                \
+  }
+
+#if defined(XLMR_INT8_ONLY)  // dispatch.cpp puts these into a copy of another table
+
+extern const Int8Ops int8_ops;
+const Int8Ops int8_ops = XLMR_INT8_OPS;
+
+#else
 
 extern const KernelTable table;
 const KernelTable table = {
+    XLMR_STRING(XLMR_ISA),
     XLMR_STRING(XLMR_ISA),
     packed_bytes,
     {pack_weight_workspace, pack_weight},
@@ -21,6 +35,9 @@ const KernelTable table = {
     {layer_norm_backward_workspace, layer_norm_backward},
     {embedding_forward_workspace, embedding_forward},
     {embedding_backward_workspace, embedding_backward},
+    XLMR_INT8_OPS,
 };
+
+#endif
 
 }  // namespace xlmr::XLMR_ISA

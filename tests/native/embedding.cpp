@@ -1,6 +1,6 @@
 // embedding_forward and embedding_backward.
-#include "harness.h"
 #include "norm_reference.h"
+#include "packed.h"
 #include "philox.h"
 
 namespace test {
@@ -22,6 +22,8 @@ struct Problem {
   std::vector<int64_t> ids, positions, types;  // types may be empty
   std::vector<T> embeds;                       // instead of ids, where not empty
   std::vector<T> word, position, type, weight, bias;
+  std::vector<int8_t> word_q;  // instead of `word`, where not empty
+  std::vector<float> word_scale;
   std::vector<T> dy, mean, rstd, dword, dposition, dtype;  // gradients as they are before
 
   bool by_id() const { return embeds.empty(); }
@@ -140,17 +142,22 @@ template <class T>
 Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   const Inputs<T> inputs(p);
   const Guarded<T> bias(p.bias, 1, p.hidden);
+  const Guarded<int8_t> word_q(p.word_q, p.word_q.empty() ? 0 : kWords, p.hidden);
+  const Guarded<float> word_scale(p.word_scale, p.word_scale.empty() ? 0 : 1, kWords);
   const Guarded<T> y(p.rows, p.hidden);
   const Guarded<T> mean(p.need_stats ? p.rows : 0, 1), rstd(p.need_stats ? p.rows : 0, 1);
   xlmr::EmbeddingForward args{};
   inputs.set(args, p);
+  if (!p.word_q.empty()) args.word = word_q.data();
+  args.word_scale = word_scale.data();
   args.eps = p.eps;
   args.bias = bias.data();
   args.y = y.data();
   args.mean = mean.data();
   args.rstd = rstd.data();
   run_op(table.embedding_forward, args, threads);
-  CHECK(inputs.intact() && bias.intact(), "an input was changed");
+  CHECK(inputs.intact() && bias.intact() && word_q.intact() && word_scale.intact(),
+        "an input was changed");
   Outputs<T> out;
   for (const Guarded<T>* buffer : {&y, &mean, &rstd}) {
     CHECK(buffer->intact(), "output %zu was written outside of its elements", out.size());
@@ -296,6 +303,23 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
   }
 }
 
+// A word table of 8 bits gives the bits of the floats that it stands for; embeds go before it.
+template <class T>
+void check_int8_words(Line& line, TableRef table, Problem<T> p) {
+  line.begin("int8 words " + p.sizes());
+  const Int8Values words =
+      quantized(std::vector<float>(p.word.begin(), p.word.end()), kWords, p.hidden);
+  for (size_t i = 0; i < words.q.size(); ++i) {
+    p.word[i] = T(words.q[i]) * T(words.scale[i / size_t(p.hidden)]);
+  }
+  const Outputs<T> want = forward(table, p, 1);
+  p.word_q = words.q;
+  p.word_scale = words.scale;
+  const Outputs<T> got =
+      run_on_threads(line, [&](int32_t threads) { return forward(table, p, threads); });
+  for (size_t k = 0; k < want.size(); ++k) line.same_bits("int8 words", got[k], want[k]);
+}
+
 template <class T>
 void run(TableRef table) {
   const std::vector<int64_t> edges = {1,  2,  3,  4,  5,  7,  8,   9,   15,  16,  17,  31, 32,
@@ -328,7 +352,9 @@ void run(TableRef table) {
   if (selected("embedding_forward")) {
     Line line(table, dtype_name<T>(), "embedding_forward");
     for (const Sizes& s : cases) {
-      check_forward(line, table, make<T>(random, s.rows, s.hidden, s.p, s.by_id));
+      const Problem<T> p = make<T>(random, s.rows, s.hidden, s.p, s.by_id);
+      check_forward(line, table, p);
+      check_int8_words(line, table, p);
     }
   }
   if (selected("embedding_backward")) {

@@ -26,6 +26,7 @@ struct Problem {
   Activation activation = Activation::gelu;
   double eps = 1e-5;
   bool first_only = false, keep_states = false;
+  bool int8 = false;  // the layers' weights; T is float then
   std::vector<Layer<T>> layers;
   std::vector<int64_t> ids, positions, types;  // ids or types may be empty
   std::vector<T> embeds;                       // instead of ids
@@ -49,10 +50,10 @@ struct Problem {
     for (const auto& layer : layers) apart += layer.query_apart ? "1" : "0";
     return text(
         "lengths=[%s ] hidden=%lld heads=%lld inner=%lld layers=%s activation=%d biases=%d ids=%d "
-        "types=%d gap=%lld first_only=%d states=%d",
+        "types=%d gap=%lld first_only=%d states=%d int8=%d",
         list.c_str(), (long long)hidden, (long long)heads, (long long)inner, apart.c_str(),
         int(activation), int(!layers[0].up_bias.empty()), int(embeds.empty()), int(!types.empty()),
-        (long long)gap, int(first_only), int(keep_states));
+        (long long)gap, int(first_only), int(keep_states), int(int8));
   }
 };
 
@@ -127,11 +128,14 @@ template <class T>
 Outputs<T> encode(TableRef table, const Problem<T>& p, int32_t threads) {
   const int64_t h = p.hidden, rows = p.rows();
   std::deque<Packed<T>> packed;
+  std::deque<PackedInt8> packed_int8;
   std::deque<Guarded<T>> plain;
   std::deque<Guarded<int64_t>> indices;
-  const auto pack = [&](const std::vector<T>& weight, int64_t out, int64_t in) {
-    packed.emplace_back(table, weight, out, in, threads);
-    return packed.back().data();
+  const auto pack = [&](const std::vector<T>& weight, int64_t out, int64_t in) -> const void* {
+    if constexpr (sizeof(T) == 4) {
+      if (p.int8) return packed_int8.emplace_back(quantized(weight, out, in)).data();
+    }
+    return packed.emplace_back(table, weight, out, in, threads).data();
   };
   const auto guard = [&](const std::vector<T>& values, int64_t count) -> const T* {
     if (values.empty()) return nullptr;
@@ -194,6 +198,7 @@ Outputs<T> encode(TableRef table, const Problem<T>& p, int32_t threads) {
   args.scale = p.scale();
   args.cu_seqlens = offsets.data();
   args.layers = layers.data();
+  args.int8_weights = p.int8;
   args.first_only = p.first_only;
   args.y = y.data();
   args.states = states.data();
@@ -205,6 +210,7 @@ Outputs<T> encode(TableRef table, const Problem<T>& p, int32_t threads) {
       threads);
   bool intact = offsets.intact() && embeds.intact();
   for (const auto& buffer : packed) intact = intact && buffer.intact();
+  for (const auto& buffer : packed_int8) intact = intact && buffer.intact();
   for (const auto& buffer : plain) intact = intact && buffer.intact();
   for (const auto& buffer : indices) intact = intact && buffer.intact();
   CHECK(intact, "an input was changed");
@@ -245,6 +251,21 @@ struct Ops {
   std::vector<T> linear(const std::vector<T>& x, const std::vector<T>& weight, const T* bias,
                         const T* addend) const {
     std::vector<T> y(size_t(rows * h));
+    if constexpr (sizeof(T) == 4) {
+      if (p.int8) {
+        const PackedInt8 packed(quantized(weight, h, h));
+        xlmr::LinearInt8Forward a{};
+        a.rows = rows;
+        a.in_features = a.out_features = a.x_stride = a.y_stride = a.addend_stride = h;
+        a.x = x.data();
+        a.weight = packed.data();
+        a.bias = bias;
+        a.addend = addend;
+        a.y = y.data();
+        run_op(table.int8.linear_forward, a, 1);
+        return y;
+      }
+    }
     xlmr::LinearForward a{};
     a.dtype = dtype_of<T>();
     a.rows = rows;
@@ -283,6 +304,28 @@ struct Ops {
 
   std::vector<T> feed_forward(const std::vector<T>& x, const Layer<T>& layer) const {
     std::vector<T> y(size_t(rows * h));
+    const T* up_bias = layer.up_bias.empty() ? nullptr : layer.up_bias.data();
+    const T* down_bias = layer.down_bias.empty() ? nullptr : layer.down_bias.data();
+    if constexpr (sizeof(T) == 4) {
+      if (p.int8) {
+        const PackedInt8 up(quantized(layer.up, p.inner, h)),
+            down(quantized(layer.down, h, p.inner));
+        xlmr::FeedForwardInt8Forward a{};
+        a.activation = p.activation;
+        a.rows = rows;
+        a.hidden = h;
+        a.inner = p.inner;
+        a.x = a.addend = x.data();
+        a.x_stride = a.addend_stride = h;
+        a.up_weight = up.data();
+        a.up_bias = up_bias;
+        a.down_weight = down.data();
+        a.down_bias = down_bias;
+        a.y = y.data();
+        run_op(table.int8.feed_forward_forward, a, 1);
+        return y;
+      }
+    }
     xlmr::FeedForwardForward a{};
     a.dtype = dtype_of<T>();
     a.activation = p.activation;
@@ -292,9 +335,9 @@ struct Ops {
     a.x = a.addend = x.data();
     a.x_stride = a.addend_stride = h;
     a.up_weight = layer.up.data();
-    a.up_bias = layer.up_bias.empty() ? nullptr : layer.up_bias.data();
+    a.up_bias = up_bias;
     a.down_weight = layer.down.data();
-    a.down_bias = layer.down_bias.empty() ? nullptr : layer.down_bias.data();
+    a.down_bias = down_bias;
     a.y = y.data();
     run_op(table.feed_forward_forward, a, 1);
     return y;
@@ -383,7 +426,11 @@ void run(TableRef table) {
   }
   Random random(18);
   for (const Sizes& s : cases) {
-    check(line, table, make<T>(random, s.lengths, s.hidden, s.heads, s.inner, s.layers));
+    Problem<T> p = make<T>(random, s.lengths, s.hidden, s.heads, s.inner, s.layers);
+    check(line, table, p);
+    if (sizeof(T) != 4) continue;
+    p.int8 = true;
+    check(line, table, p);
   }
   Random fuzz(options().seed);
   for (int64_t i = 0; i < options().fuzz; ++i) {

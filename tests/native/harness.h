@@ -158,6 +158,7 @@ auto run_on_threads(Line& line, Execute execute) {
 
 // The tests, one function for each op area.
 void test_core();
+void test_cpu_budget();
 void test_workspace(TableRef table);
 void test_linear(TableRef table);
 void test_feed_forward(TableRef table);
@@ -167,5 +168,8 @@ void test_embedding(TableRef table);
 void test_dropout(TableRef table);
 void test_packing(TableRef table);
 void test_encoder(TableRef table);
+void test_int8_layout();
+void test_int8(TableRef table);
+void test_callers(TableRef table);
 
 }  // namespace test

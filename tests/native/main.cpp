@@ -14,6 +14,12 @@
 // no such function, and needs none.
 extern "C" __attribute__((weak)) void omp_set_num_threads(int count);
 
+#if defined(XLMR_HAVE_AVX2_VNNI_TWIN)
+namespace xlmr::avx2_vnni_twin {
+extern const Int8Ops int8_ops;
+}
+#endif
+
 namespace {
 
 int usage(const char* program) {
@@ -22,6 +28,22 @@ int usage(const char* program) {
                "[--op PART]\n",
                program);
   return 2;
+}
+
+// The integer products of avx2_vnni without the instruction; whether they ran.
+bool run_twin() {
+#if defined(XLMR_HAVE_AVX2_VNNI_TWIN)
+  constexpr const char* name = "avx2_vnni_twin";
+  const std::string& only = test::options().table;
+  if (!only.empty() && only != name) return false;
+  for (const xlmr::TableInfo& info : xlmr::built_tables()) {
+    if (info.table->name != std::string("avx2")) continue;
+    if (xlmr::missing_feature(info.required, xlmr::cpu_features()) != nullptr) return false;
+    test::test_int8(xlmr::with_int8(*info.table, name, xlmr::avx2_vnni_twin::int8_ops));
+    return true;
+  }
+#endif
+  return false;
 }
 
 }  // namespace
@@ -53,6 +75,8 @@ int main(int argc, char** argv) {
   }
 
   test::test_core();
+  test::test_int8_layout();
+  test::test_cpu_budget();
   int ran = 0;
   for (const xlmr::TableInfo& info : xlmr::built_tables()) {
     if (!options.table.empty() && options.table != info.table->name) continue;
@@ -63,15 +87,22 @@ int main(int argc, char** argv) {
     }
     ++ran;
     test::test_workspace(*info.table);
-    test::test_linear(*info.table);
-    test::test_feed_forward(*info.table);
-    test::test_attention(*info.table);
-    test::test_layer_norm(*info.table);
-    test::test_embedding(*info.table);
-    test::test_dropout(*info.table);
-    test::test_packing(*info.table);
+    test::test_int8(*info.table);
+    // The rest of a table of integer products is the table's below, tested already.
+    const bool own = info.table->layout == std::string(info.table->name);
+    if (own) {
+      test::test_linear(*info.table);
+      test::test_feed_forward(*info.table);
+      test::test_attention(*info.table);
+      test::test_layer_norm(*info.table);
+      test::test_embedding(*info.table);
+      test::test_dropout(*info.table);
+      test::test_packing(*info.table);
+    }
     test::test_encoder(*info.table);
+    test::test_callers(*info.table);
   }
+  ran += run_twin() ? 1 : 0;
   test::tally().context = "main";
   CHECK(ran > 0, "no table was run");
   std::printf("%lld passed, %lld failed\n", static_cast<long long>(test::tally().passed),

@@ -1,6 +1,7 @@
-// A weight packed by a table, under guard.
+// Weights packed by a table, and those of 8 bits, under guard.
 #pragma once
 
+#include "core/int8_layout.h"
 #include "harness.h"
 
 namespace test {
@@ -29,6 +30,50 @@ class Packed {
  private:
   Guarded<T> packed_;
   std::vector<T> snapshot_;
+};
+
+// A weight [out, in] of 8 bits, its values q * scale.
+struct Int8Values {
+  int64_t out, in;
+  std::vector<int8_t> q;
+  std::vector<float> scale;
+};
+
+// Each row's largest value becomes 127.
+inline Int8Values quantized(const std::vector<float>& weight, int64_t out, int64_t in) {
+  Int8Values values{out, in, {}, {}};
+  for (int64_t o = 0; o < out; ++o) {
+    const float* row = weight.data() + o * in;
+    float most = 0;
+    for (int64_t k = 0; k < in; ++k) most = std::fmax(most, std::fabs(row[k]));
+    values.scale.push_back(most / 127);
+    for (int64_t k = 0; k < in; ++k) {
+      values.q.push_back(int8_t(most == 0 ? 0 : std::lrint(row[k] / (most / 127))));
+    }
+  }
+  return values;
+}
+
+class PackedInt8 {
+ public:
+  explicit PackedInt8(const Int8Values& values)
+      : packed_(1, xlmr::packed_int8_bytes(values.out, values.in) / int64_t(sizeof(float))) {
+    const Guarded<int8_t> q(values.q, values.out, values.in);
+    const Guarded<float> scale(values.scale, 1, values.out);
+    xlmr::pack_int8_weight(values.out, values.in, q.data(), scale.data(), packed_.data());
+    CHECK(packed_.intact(), "packing wrote outside of packed_int8_bytes");
+    snapshot_ = packed_.values();
+  }
+  const void* data() const { return packed_.data(); }
+  const std::vector<float>& values() const { return snapshot_; }
+  bool intact() const {
+    return packed_.intact() &&
+           std::memcmp(packed_.data(), snapshot_.data(), snapshot_.size() * sizeof(float)) == 0;
+  }
+
+ private:
+  Guarded<float> packed_;  // aligned to its floats only
+  std::vector<float> snapshot_;
 };
 
 }  // namespace test

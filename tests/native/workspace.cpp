@@ -70,7 +70,7 @@ void check_op(const xlmr::Op<Args>& op, const Args& args, const char* name,
   check(sizes, "all sizes");
 }
 
-void check_encoder(TableRef table, xlmr::DType dtype, bool first_only) {
+void check_encoder(TableRef table, xlmr::DType dtype, bool first_only, bool int8_weights) {
   if (!selected("encoder")) return;
   tally().context = "workspace query of encoder_forward";
   tally().shown = 0;
@@ -82,6 +82,7 @@ void check_encoder(TableRef table, xlmr::DType dtype, bool first_only) {
   args.num_layers = 1;
   args.layers = &layer;
   args.first_only = first_only;
+  args.int8_weights = int8_weights;
   const auto check = [&](const std::vector<int>& grown, const char* which) {
     xlmr::EncoderForward large = args;
     int64_t* sizes[] = {&large.embedding.rows, &large.embedding.hidden, &large.inner, &large.batch,
@@ -131,7 +132,10 @@ void test_workspace(TableRef table) {
       check_op(table.pack_weight, args, "pack_weight",
                {&xlmr::PackWeight::out_features, &xlmr::PackWeight::in_features});
     }
-    for (const bool first_only : {false, true}) check_encoder(table, dtype, first_only);
+    for (const bool first_only : {false, true}) {
+      check_encoder(table, dtype, first_only, false);
+      if (dtype == xlmr::DType::float32) check_encoder(table, dtype, first_only, true);
+    }
     {
       using Args = xlmr::FeedForwardForward;
       Args args{};
@@ -144,6 +148,19 @@ void test_workspace(TableRef table) {
         check_op(table.feed_forward_forward, args, "feed_forward_forward",
                  {&Args::rows, &Args::hidden, &Args::inner});
       }
+    }
+    {
+      xlmr::LinearInt8Forward linear{};
+      linear.rows = linear.in_features = linear.out_features = 17;
+      check_op(table.int8.linear_forward, linear, "linear_int8_forward",
+               {&xlmr::LinearInt8Forward::rows, &xlmr::LinearInt8Forward::in_features,
+                &xlmr::LinearInt8Forward::out_features});
+      using Args = xlmr::FeedForwardInt8Forward;
+      Args args{};
+      args.activation = xlmr::Activation::gelu;
+      args.rows = args.hidden = args.inner = 17;
+      check_op(table.int8.feed_forward_forward, args, "feed_forward_int8_forward",
+               {&Args::rows, &Args::hidden, &Args::inner});
     }
     {
       using Args = xlmr::FeedForwardBackward;

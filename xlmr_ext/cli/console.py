@@ -37,6 +37,8 @@ def use_threads(arguments: argparse.Namespace) -> int:
     """Gives torch the number of threads, and returns it."""
     import torch
 
+    import xlmr_ext._launch  # noqa: F401  # first, to know torch's own number from this one
+
     count, _ = threads(arguments)
     torch.set_num_threads(count)
     return count

@@ -191,9 +191,11 @@ def _load_model(file: str | os.PathLike[str]) -> sentencepiece.SentencePieceProc
 
 
 def _default_threads(size: int) -> int:
-    """Threads for ``size`` code points: torch's number where it is loaded, else the processors."""
+    """Threads for ``size`` code points: the processors, and not above torch's number if loaded."""
     if size < 2 * _BYTES_PER_THREAD:
         return 1
     torch_threads = getattr(sys.modules.get("torch"), "get_num_threads", None)
-    limit = torch_threads() if torch_threads else available_cpus()
+    limit = available_cpus()
+    if torch_threads:
+        limit = min(limit, torch_threads())
     return max(1, min(limit, size // _BYTES_PER_THREAD))
