@@ -164,7 +164,7 @@ def test_data_parallel_of_torch(tmp_path: Path) -> None:
     """One process of DistributedDataParallel: it finds the tensors inside an output."""
     model = make_classifier()
     batch = collate(rows()[:3])
-    model(**batch).loss.backward()
+    model(**batch, output_hidden_states=True).loss.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     torch.distributed.init_process_group(

@@ -118,7 +118,8 @@ def test_it_saves_memory() -> None:
     model.gradient_checkpointing_enable(every_n_layers=3)
     some = saved_bytes(model, length)
     assert inputs_alone < some < everything
-    assert abs((everything - some) / (everything - inputs_alone) - 2 / layers) < 0.02
+    # Of the last layer only the first token's row goes on: it keeps little in any case.
+    assert abs((everything - some) / (everything - inputs_alone) - 2 / (layers - 1)) < 0.02
 
 
 def count_runs(model: nn.Module) -> list[int]:

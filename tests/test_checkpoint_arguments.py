@@ -46,8 +46,8 @@ def test_arguments_without_effect(tmp_path: Path) -> None:
     [
         ({"proxies": {"https": "x"}}, "proxies is not supported: set the environment variables"),
         ({"use_auth_token": "x"}, "use_auth_token is not supported: its name is token"),
-        ({"load_in_8bit": True}, "load_in_8bit is not supported: quantised"),
-        ({"quantization_config": {}}, "quantization_config is not supported: quantised"),
+        ({"load_in_8bit": True}, "load_in_8bit is not supported: call"),
+        ({"quantization_config": {}}, "quantization_config is not supported: other"),
         ({"from_tf": True}, "from_tf is not supported: TensorFlow"),
         ({"gguf_file": "x.gguf"}, "gguf_file is not supported"),
         ({"max_memory": {0: "1GB"}}, "max_memory is not supported: the model is placed on one dev"),

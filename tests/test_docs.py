@@ -98,7 +98,7 @@ def test_every_command_and_program_of_the_document_runs(tmp_path: Path) -> None:
     for produced in (
         "report/index.html", "by-language/index.html", "labelled.tsv", "found.jsonl", "tagged.iob2",
         "predictions.json", "chosen.jsonl", "new.npy", "topics-fairseq/model.pt",
-        "topics-again/model.safetensors",
+        "topics-again/model.safetensors", "topics-int8/frozen.safetensors",
     ):  # fmt: skip
         assert (tmp_path / produced).stat().st_size > 0, produced
     assert json.loads((tmp_path / "predictions.json").read_text("utf-8")).keys() == {"1"}

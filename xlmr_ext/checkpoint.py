@@ -30,6 +30,7 @@ from xlmr_ext.files import (
 )
 from xlmr_ext.formats.bert import is_bert_layout
 from xlmr_ext.formats.bert_weights import BertWeights
+from xlmr_ext.formats.frozen_file import FROZEN_NAME, FrozenFile
 from xlmr_ext.formats.shards import ShardedWeights, is_shard, read_index, split_into_shards
 from xlmr_ext.formats.weights_file import (
     FILE_DTYPES,
@@ -141,6 +142,8 @@ def open_checkpoint(
                     f"{path}: {index.first_entry(shard)} is said to be in {shard}: {error}"
                 ) from error
         weights = ShardedWeights(index, files)
+    elif path.name == FROZEN_NAME:
+        return FrozenFile(path)
     elif path.suffix == ".bin":
         weights = open_torch_weights(path)
     else:
@@ -155,7 +158,8 @@ def find_weights(
     variant: str | None = None,
     use_safetensors: bool | None = None,
 ) -> Path:
-    """The file of weights, or the index of several: safetensors first, torch's pickles after.
+    """The file of weights, or the index of several: safetensors first, torch's pickles after, and
+    where there are none the file of a frozen model.
 
     Args:
         hub: keyword arguments of :func:`resolve_files`.
@@ -171,7 +175,8 @@ def find_weights(
     if use_safetensors is not None:
         kinds = [*(_SAFETENSORS if use_safetensors else _TORCH)]
     names = [variant_name(name, variant) for name in kinds]
-    found = first_file(name_or_path, names, **hub)
+    frozen = [FROZEN_NAME] if variant is None and use_safetensors is not False else []
+    found = first_file(name_or_path, [*names, *frozen], **hub)
     if found is not None:
         return found
     listing = list_files(name_or_path, **hub)

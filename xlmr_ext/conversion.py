@@ -17,6 +17,7 @@ from xlmr_ext.files import pinned
 from xlmr_ext.formats.bert import WORDS, is_bert_layout
 from xlmr_ext.formats.fairseq import MODEL_NAME, PIECES_NAME, listed, read_fairseq
 from xlmr_ext.formats.fairseq_writer import DEFAULT_HEAD, write_fairseq
+from xlmr_ext.formats.frozen_file import FrozenFile
 from xlmr_ext.formats.weights_file import TensorDict, WeightsFile
 from xlmr_ext.heads import (
     XLMRobertaForMultipleChoice,
@@ -186,6 +187,11 @@ def _read_hugging_face(
         )
     hub = pinned(hub, path)
     weights = open_checkpoint(source, hub, values)
+    if isinstance(weights, FrozenFile):
+        raise ValueError(
+            f"{weights.path}: of a frozen model, whose weights are packed: convert the checkpoint "
+            "that it was made from"
+        )
     architecture = (config.architectures or ["none"])[0]
     kind = _CLASSES.get(architecture, XLMRobertaModel)
     if kind.__name__ != architecture:

@@ -1,63 +1,134 @@
 """The frozen encoder: all layers in one native call, over weights packed beforehand.
 
-It computes what the layers compute, bit for bit, and holds their weights in the layout that the
-kernels read. The embeddings, the pooler and the heads stay as they are.
+In float32 it computes what the layers compute, bit for bit, and holds their weights in the layout
+that the kernels read; in int8 it holds their 8-bit form. The position and type embeddings, the
+pooler and the heads stay as they are.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from xlmr_ext._launch_encoder import PackedEncoder, PackedLayer, pack_weight
-from xlmr_ext.layers import XLMRobertaEncoder, is_fused
+from xlmr_ext._launch_encoder import (
+    PackedEncoder,
+    PackedLayer,
+    PackedWeight,
+    pack_int8,
+    pack_weight,
+)
+from xlmr_ext.layers import XLMRobertaEncoder, is_bare, is_fused
+from xlmr_ext.quantization import QuantizedEmbedding, quantize_rows
 
 if TYPE_CHECKING:
     from xlmr_ext.encoder_input import EncoderInput
     from xlmr_ext.layers import XLMRobertaEmbeddings
 
-__all__ = ["FrozenEncoder"]
+__all__ = ["FROZEN_DTYPES", "FrozenEncoder", "freeze", "refuse", "word_table"]
 
-_LOAD_AGAIN = "its encoder was packed by optimize_for_inference(); load the checkpoint again"
+# What optimize_for_inference takes.
+FROZEN_DTYPES = ("float32", "int8")
+
+_LOAD_AGAIN = (
+    "its encoder is packed for inference (optimize_for_inference()); load the checkpoint that it "
+    "was made from"
+)
+
+
+def freeze(base: Any, dtype: str | None) -> None:
+    """Packs the encoder of a model without head, and in int8 its word embeddings, in place.
+
+    Args:
+        base: the model.
+        dtype: one of FROZEN_DTYPES; None: as it is packed already, else float32.
+
+    Raises:
+        RuntimeError: it is packed already, in the other type.
+        ValueError: as :class:`FrozenEncoder` has it; nothing was changed.
+    """
+    int8 = dtype == "int8"
+    encoder, embeddings = base.encoder, base.embeddings
+    if isinstance(encoder, FrozenEncoder):
+        if dtype is not None and int8 != encoder.is_int8:
+            refuse(f"dtype={dtype!r}")
+        return
+    if not int8:
+        base.encoder = FrozenEncoder.of(encoder)
+        return
+    if base.dtype != torch.float32:
+        raise ValueError(f"dtype='int8' needs a float32 model, got {base.dtype}: model.float()")
+    if not embeddings.has_word_table():
+        raise ValueError(
+            "the word embeddings have a hook or were replaced; dtype='int8' takes a plain table"
+        )
+    words = QuantizedEmbedding.of(embeddings.word_embeddings)
+    base.encoder = FrozenEncoder.of(encoder, int8=True)
+    embeddings.word_embeddings = words
 
 
 class FrozenEncoder(nn.Module):
     """Stands in the place of :class:`XLMRobertaEncoder`; has no parameters.
 
     Args:
-        encoder: plain layers on the CPU, in float32 or float64. They are taken apart: each weight
-            is released once it is packed.
-
-    Raises:
-        ValueError: a layer has a hook, an adapter, a parametrization, or was replaced; or layers
-            differ in more than their weights.
+        packed: the layers.
+        eps: of every LayerNorm.
     """
 
-    def __init__(self, encoder: XLMRobertaEncoder) -> None:
+    def __init__(self, packed: PackedEncoder, eps: float) -> None:
         super().__init__()
-        for number, layer in enumerate(encoder.layer):
-            _check_plain(number, layer)
-        num_heads, activation, self._eps = _common_settings(encoder)
-        layers: Any = encoder.layer
-        inner, hidden = layers[0].intermediate.dense.weight.shape
-        # Whoever still holds a weight and writes to it would wait for an effect in vain.
-        self._sources = [
-            (weakref.ref(parameter), parameter._version, name)
-            for name, parameter in encoder.named_parameters()
-        ]
-        packed = []
-        while len(layers):
-            packed.append(_packed_layer(layers[0], last=len(layers) == 1))
-            del layers[0]
-        self._packed = PackedEncoder(packed, hidden, inner, num_heads, activation)
+        self._packed, self._eps = packed, eps
+        self._sources: list[tuple[weakref.ref[nn.Parameter], int, str]] = []
         # Whatever asks for the weights (save_pretrained, state_dict, load_state_dict) must be told.
         self.register_state_dict_pre_hook(_refuse_weights)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_weights)  # type: ignore[no-untyped-call]
         self.eval()
+
+    @classmethod
+    def of(cls, encoder: XLMRobertaEncoder, *, int8: bool = False) -> FrozenEncoder:
+        """Packs plain layers on the CPU, in float32 or float64, and takes them apart.
+
+        Each weight is released once it is packed, or, with ``int8``, at the end.
+
+        Raises:
+            ValueError: a layer has a hook, an adapter, a parametrization, or was replaced; layers
+                differ in more than their weights; or, with ``int8``, a weight is not finite.
+        """
+        for number, layer in enumerate(encoder.layer):
+            _check_plain(number, layer)
+        num_heads, activation, eps = _common_settings(encoder)
+        layers: Any = encoder.layer
+        inner, hidden = layers[0].intermediate.dense.weight.shape
+        # Whoever still holds a weight and writes to it would wait for an effect in vain.
+        sources = [
+            (weakref.ref(parameter), parameter._version, name)
+            for name, parameter in encoder.named_parameters()
+        ]
+        packed = []
+        if int8:
+            for number, layer in enumerate(layers):
+                pack = _int8_packer(number)
+                packed.append(_packed_layer(layer, pack, last=number + 1 == len(layers)))
+            del layers[:]
+        while len(layers):
+            packed.append(_packed_layer(layers[0], pack_weight, last=len(layers) == 1))
+            del layers[0]
+        made = cls(PackedEncoder(packed, hidden, inner, num_heads, activation), eps)
+        made._sources = sources
+        return made
+
+    @property
+    def packed(self) -> PackedEncoder:
+        """The layers as the kernels read them."""
+        return self._packed
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the weights are in 8 bits."""
+        return self._packed.int8
 
     def forward(
         self, embeddings: XLMRobertaEmbeddings, batch: EncoderInput, *, first_only: bool, keep: bool
@@ -76,9 +147,10 @@ class FrozenEncoder(nn.Module):
             ValueError: the embeddings are not plain tables, have another eps than the layers, or
                 a gradient is asked of them.
         """
-        self._check_sources()
+        self.check_sources()
         given = batch.inputs_embeds
-        if not is_fused(embeddings) or (given is None and not embeddings.has_word_table()):
+        words = None if given is not None else word_table(embeddings)
+        if not is_fused(embeddings) or (given is None and words is None):
             raise ValueError(
                 "the embeddings have a hook or were replaced; the frozen encoder reads plain tables"
             )
@@ -94,7 +166,7 @@ class FrozenEncoder(nn.Module):
             None if given is None else given.detach(),
             batch.position_ids,
             batch.token_type_ids,
-            None if given is not None else embeddings.word_embeddings.weight.detach(),
+            None if words is None else words[0],
             embeddings.positions.detach(),
             embeddings.token_type_embeddings.weight.detach(),
             embeddings.LayerNorm.weight.detach(),
@@ -104,6 +176,7 @@ class FrozenEncoder(nn.Module):
             batch.max_seqlen,
             first_only,
             keep,
+            word_scale=None if words is None else words[1],
         )
         return last, [] if states is None else list(states.unbind())
 
@@ -116,7 +189,8 @@ class FrozenEncoder(nn.Module):
         # Nobody holds the sources of a copy in another process.
         return {**self.__dict__, "_sources": []}
 
-    def _check_sources(self) -> None:
+    def check_sources(self) -> None:
+        """RuntimeError where a weight was written to after it was packed."""
         for reference, version, name in self._sources:
             parameter = reference()
             if parameter is not None and parameter._version != version:
@@ -134,6 +208,18 @@ def refuse(what: str) -> NoReturn:
 
 def _refuse_weights(*_: Any) -> None:
     refuse("state_dict")
+
+
+def word_table(embeddings: XLMRobertaEmbeddings) -> tuple[Tensor, Tensor | None] | None:
+    """The table of the word embeddings and, in 8 bits, its scales; None where it is not plain."""
+    words: Any = embeddings.word_embeddings
+    if type(words) is QuantizedEmbedding and is_bare(words):
+        return words.codes, words.scale
+    return (words.weight.detach(), None) if embeddings.has_word_table() else None
+
+
+def _int8_packer(number: int) -> Callable[[Tensor], PackedWeight]:
+    return lambda weight: pack_int8(*quantize_rows(weight, f"encoder.layer.{number}"))
 
 
 def _check_plain(number: int, layer: Any) -> None:
@@ -162,24 +248,24 @@ def _common_settings(encoder: XLMRobertaEncoder) -> tuple[int, str, float]:
     return settings
 
 
-def _packed_layer(layer: Any, last: bool) -> PackedLayer:
+def _packed_layer(layer: Any, pack: Callable[[Tensor], PackedWeight], last: bool) -> PackedLayer:
     attention, output = layer.attention.self, layer.attention.output
     maps = (attention.query, attention.key, attention.value)
     biases = [m.bias for m in maps if m.bias is not None]
     # The last layer's query apart, so that it can be asked for the first tokens alone.
-    joined = pack_weight(_rows(m.weight for m in (maps[1:] if last else maps)))
+    joined = pack(_rows(m.weight for m in (maps[1:] if last else maps)))
     return PackedLayer(
         query_key_value=None if last else joined,
-        query=pack_weight(attention.query.weight) if last else None,
+        query=pack(attention.query.weight) if last else None,
         key_value=joined if last else None,
         query_key_value_bias=_rows(biases) if biases else None,
-        attention_output=pack_weight(output.dense.weight),
+        attention_output=pack(output.dense.weight),
         attention_output_bias=_vector(output.dense.bias),
         attention_norm_weight=_vector(output.LayerNorm.weight),
         attention_norm_bias=_vector(output.LayerNorm.bias),
-        up=pack_weight(layer.intermediate.dense.weight),
+        up=pack(layer.intermediate.dense.weight),
         up_bias=_vector(layer.intermediate.dense.bias),
-        down=pack_weight(layer.output.dense.weight),
+        down=pack(layer.output.dense.weight),
         down_bias=_vector(layer.output.dense.bias),
         output_norm_weight=_vector(layer.output.LayerNorm.weight),
         output_norm_bias=_vector(layer.output.LayerNorm.bias),
@@ -191,4 +277,4 @@ def _rows(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _vector(tensor: Any) -> Any:
-    return None if tensor is None else tensor.detach().contiguous()
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from xlmr_ext.batch_checks import no_effect
 from xlmr_ext.configuration import XLMRobertaConfig
-from xlmr_ext.layers import Linear, dense_tanh
+from xlmr_ext.layers import Linear, dense_tanh, first_rows
 from xlmr_ext.losses import classification_loss, cross_entropy, span_loss
-from xlmr_ext.modeling import XLMRobertaModel, first_rows
+from xlmr_ext.modeling import XLMRobertaModel
 from xlmr_ext.outputs import (
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -87,7 +87,7 @@ class XLMRobertaForSequenceClassification(PreTrainedModel):
                 shape or range than the loss takes.
         """
         hidden_states = attentions = None
-        if self.roberta.computes_first_alone(output_attentions, output_hidden_states):
+        if _first_alone(self.roberta, output_attentions, output_hidden_states):
             no_effect(kwargs)
             first = self.roberta.first_states(
                 packed,
@@ -304,7 +304,7 @@ class XLMRobertaForMultipleChoice(PreTrainedModel):
             TypeError, ValueError: as :meth:`XLMRobertaModel.forward`, or labels of another type,
                 shape or range, or sequences that are no multiple of ``num_choices``.
         """
-        flat = {}
+        flat: dict[str, Tensor | None] = {}
         for name, tensor, trailing in (
             ("input_ids", input_ids, 1),
             ("attention_mask", attention_mask, 1),
@@ -316,19 +316,28 @@ class XLMRobertaForMultipleChoice(PreTrainedModel):
                 if tensor.dim() != trailing + 2:
                     shape = "[batch, choices, length" + (", hidden]" if trailing == 2 else "]")
                     raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {shape}")
-                flat[name] = tensor.flatten(0, 1)
+                tensor = tensor.flatten(0, 1)
+            flat[name] = tensor
         choices = self._num_choices(input_ids, inputs_embeds, packed, num_choices)
-        outputs = self.roberta(
-            **flat,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            packed=packed,
-            **kwargs,
-        )
-        logits = self.classifier(self.dropout(outputs.pooler_output)).reshape(-1, choices)
+        hidden_states = attentions = None
+        if _first_alone(self.roberta, output_attentions, output_hidden_states):
+            no_effect(kwargs)
+            pooler: Any = self.roberta.pooler
+            pooled = pooler(self.roberta.first_states(packed, **flat))
+        else:
+            outputs = self.roberta(
+                **flat,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                packed=packed,
+                **kwargs,
+            )
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
+            pooled = outputs.pooler_output
+        logits = self.classifier(self.dropout(pooled)).reshape(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        output = MultipleChoiceModelOutput(loss, logits, hidden_states, attentions)
         return self._as_asked(output, return_dict)
 
     @staticmethod
@@ -359,6 +368,16 @@ def head_dropout(config: XLMRobertaConfig) -> float:
     """The heads' dropout probability."""
     p = config.classifier_dropout
     return config.hidden_dropout_prob if p is None else p
+
+
+def _first_alone(
+    base: nn.Module, output_attentions: bool | None, output_hidden_states: bool | None
+) -> bool:
+    """Whether the first tokens' states are all that is asked of the encoder."""
+    # What wraps a model hands on its methods; it wants to be called.
+    return type(base) is XLMRobertaModel and base.computes_first_alone(
+        output_attentions, output_hidden_states
+    )
 
 
 def _padded(logits: Tensor, packed: PackedBatch) -> Tensor:

@@ -7,6 +7,7 @@ does), the block calls the modules themselves, so that nothing is silently ignor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -251,22 +252,34 @@ class XLMRobertaSelfAttention(nn.Module):
         dropout: Dropout,
         site: int,
         attend: bool = False,
+        first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """-> context [N, hidden] and, with ``attend``, probabilities [N, heads, max_seqlen]."""
-        maps = (self.query, self.key, self.value)
-        biases = [m.bias for m in maps if m.bias is not None]
-        if is_plain(*maps) and len(biases) in (0, 3):
-            query, key, value = autograd.qkv_linear(hidden, [m.weight for m in maps], biases)
+        """-> context [N, hidden] and, with ``attend``, probabilities [N, heads, max_seqlen].
+
+        With ``first``, the rows [B, hidden] of the texts' first tokens, these ask alone: the
+        context is [B, hidden].
+        """
+        if first is None:
+            query, key, value = _project(hidden, self.query, self.key, self.value)
         else:
-            query, key, value = (m(hidden) for m in maps)
+            query, (key, value) = self.query(first), _project(hidden, self.key, self.value)
         heads = self.num_attention_heads
         settings = dropout.at(site, dropout.attention, self.training)
-        context = autograd.attention(query, key, value, cu_seqlens, max_seqlen, heads, **settings)
+        shape = (cu_seqlens, max_seqlen, heads)
+        context = autograd.attention(
+            query, key, value, *shape, **settings, first_only=first is not None
+        )
         if not attend:
             return context, None
-        return context, attention_probabilities(
-            query, key, cu_seqlens, max_seqlen, heads, **settings
-        )
+        return context, attention_probabilities(query, key, *shape, **settings)
+
+
+def _project(x: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
+    """Several linear maps of one x, in one pass while all are plain."""
+    biases = [m.bias for m in maps if m.bias is not None]
+    if is_plain(*maps) and len(biases) in (0, len(maps)):
+        return autograd.qkv_linear(x, [m.weight for m in maps], biases)
+    return [m(x) for m in maps]
 
 
 def attention_probabilities(
@@ -331,11 +344,13 @@ class XLMRobertaAttention(nn.Module):
         dropout: Dropout,
         sites: tuple[int, int],
         attend: bool = False,
+        *first: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         context, probabilities = self.self(
-            hidden, cu_seqlens, max_seqlen, dropout, sites[0], attend
+            hidden, cu_seqlens, max_seqlen, dropout, sites[0], attend, *first
         )
-        return self.output(context, hidden, dropout, sites[1]), probabilities
+        (residual,) = first or (hidden,)
+        return self.output(context, residual, dropout, sites[1]), probabilities
 
 
 class XLMRobertaIntermediate(nn.Module):
@@ -370,12 +385,22 @@ class XLMRobertaLayer(nn.Module):
         dropout: Dropout,
         sites: tuple[int, int, int],
         attend: bool = False,
+        first_only: bool = False,
     ) -> Any:
-        """[N, hidden] to [N, hidden]; with ``attend`` to that and [N, heads, max_seqlen]."""
+        """[N, hidden] to [N, hidden]; with ``attend`` to that and [N, heads, max_seqlen].
+
+        With ``first_only`` to [B, hidden]: keys and values of all tokens, and the rest for the
+        texts' first tokens alone, 0 where there is none. Without dropout it has the bits of those
+        rows; with it, the two outputs that are dropped have the masks of rows 0 to B - 1.
+        """
+        # Not an argument that is None as a rule: hooks and replaced blocks see them all.
+        first = (first_rows(hidden, cu_seqlens),) if first_only else ()
         hidden, probabilities = self.attention(
-            hidden, cu_seqlens, max_seqlen, dropout, sites[:2], attend
+            hidden, cu_seqlens, max_seqlen, dropout, sites[:2], attend, *first
         )
         hidden = self._feed_forward(hidden, dropout, sites[2])
+        if first_only:
+            hidden = _zero_where_empty(hidden, cu_seqlens)
         return (hidden, probabilities) if attend else hidden
 
     def _feed_forward(self, hidden: Tensor, dropout: Dropout, site: int) -> Tensor:
@@ -421,8 +446,10 @@ class XLMRobertaEncoder(nn.Module):
         dropout: Dropout,
         keep: bool,
         attend: bool,
+        first_only: bool = False,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """-> the last hidden states [N, hidden]; with ``keep``, those before each layer; with
+        """-> the last hidden states [N, hidden] (with ``first_only`` [B, hidden], those of the
+        texts' first tokens, 0 where there is none); with ``keep``, those before each layer; with
         ``attend``, the probabilities of each layer, [N, heads, max_seqlen]."""
         inputs: list[Tensor] = []
         probabilities: list[Tensor] = []
@@ -432,7 +459,9 @@ class XLMRobertaEncoder(nn.Module):
         for index, layer in enumerate(self.layer):
             if keep:
                 inputs.append(hidden)
-            arguments = (hidden, cu_seqlens, max_seqlen, dropout, layer_sites(index), attend)
+            arguments = [hidden, cu_seqlens, max_seqlen, dropout, layer_sites(index), attend]
+            if first_only and index + 1 == len(self.layer):
+                arguments.append(first_only)
             if settings is not None and index % self.checkpoint_every == 0:
                 out = checkpoint(layer, *arguments, **settings)
             else:
@@ -443,6 +472,20 @@ class XLMRobertaEncoder(nn.Module):
             else:
                 hidden = out
         return hidden, inputs, probabilities
+
+
+def first_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[N, hidden] to [B, hidden]: the first token of each sequence, zero where it has none."""
+    starts = cu_seqlens[:-1].long()
+    if rows.shape[0] == 0:
+        return rows.sum(0).expand(starts.shape[0], -1)  # zeros, with a gradient
+    first = rows.index_select(0, starts.clamp(max=rows.shape[0] - 1))
+    return _zero_where_empty(first, cu_seqlens)
+
+
+def _zero_where_empty(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[B, hidden], one row a sequence: zero where it has no token, whatever was there."""
+    return torch.where((cu_seqlens.diff() > 0)[:, None], rows, torch.zeros_like(rows))
 
 
 class XLMRobertaPooler(nn.Module):

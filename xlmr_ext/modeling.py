@@ -20,7 +20,9 @@ from xlmr_ext.layers import (
     XLMRobertaEmbeddings,
     XLMRobertaEncoder,
     XLMRobertaPooler,
+    first_rows,
     is_bare,
+    is_fused,
 )
 from xlmr_ext.outputs import BaseModelOutputWithPooling
 from xlmr_ext.packing import PackedBatch
@@ -103,17 +105,22 @@ class XLMRobertaModel(PreTrainedModel):
         return self._as_asked(output, return_dict)
 
     def encode(
-        self, batch: EncoderInput, keep: bool = False, attend: bool = False
+        self,
+        batch: EncoderInput,
+        keep: bool = False,
+        attend: bool = False,
+        first_only: bool = False,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """-> packed hidden states [N, hidden]; with ``keep`` the input of every layer; with
-        ``attend`` its attention probabilities [N, heads, max_seqlen]."""
+        """-> packed hidden states [N, hidden] (with ``first_only`` [B, hidden], of each text's
+        first token); with ``keep`` the input of every layer; with ``attend`` its attention
+        probabilities [N, heads, max_seqlen]."""
         if isinstance(self.encoder, FrozenEncoder):
             if attend:
                 raise ValueError(
                     "output_attentions=True: the frozen encoder keeps no queries and keys; load "
                     "the model again without optimize_for_inference()"
                 )
-            hidden, kept = self._frozen(batch, first_only=False, keep=keep)
+            hidden, kept = self._frozen(batch, first_only=first_only, keep=keep)
             return hidden, kept, []
         dropout = Dropout(self.config, self.training)
         hidden = self.embeddings(
@@ -124,7 +131,7 @@ class XLMRobertaModel(PreTrainedModel):
             dropout,
         )
         rows, inputs, probabilities = self.encoder(
-            hidden, batch.cu_seqlens, batch.max_seqlen, dropout, keep, attend
+            hidden, batch.cu_seqlens, batch.max_seqlen, dropout, keep, attend, first_only
         )
         return rows, inputs, probabilities
 
@@ -142,17 +149,15 @@ class XLMRobertaModel(PreTrainedModel):
         )
         return out
 
-    def _freeze(self) -> None:
-        if not isinstance(self.encoder, FrozenEncoder):
-            self.encoder = FrozenEncoder(self.encoder)
-
     def computes_first_alone(
         self, output_attentions: bool | None, output_hidden_states: bool | None
     ) -> bool:
-        """Whether :meth:`first_states` may stand for a call of this model."""
+        """Whether :meth:`first_states` may stand for a call of this model: nobody asks for more,
+        and nobody else (a hook, an adapter, a wrapper) would see a part of the rows alone."""
         return (
-            isinstance(self.encoder, FrozenEncoder)
-            and is_bare(self)
+            is_bare(self)
+            and self._compiled_call_impl is None
+            and _ends_at_first(self.encoder)
             and not self._wants(output_hidden_states, "output_hidden_states")
             and not self._wants(output_attentions, "output_attentions")
         )
@@ -163,7 +168,7 @@ class XLMRobertaModel(PreTrainedModel):
         The last layer computes keys and values for all tokens and the rest for these alone. The
         arguments are those of :meth:`forward`, by name.
         """
-        return self._frozen(self._enter(packed, **padded), first_only=True, keep=False)[0]
+        return self.encode(self._enter(packed, **padded), first_only=True)[0]
 
     def _wants(self, argument: bool | None, name: str) -> bool:
         return bool(getattr(self.config, name) if argument is None else argument)
@@ -185,10 +190,14 @@ class XLMRobertaModel(PreTrainedModel):
         return from_padded(self.config, self.device, **padded)
 
 
-def first_rows(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[N, hidden] to [B, hidden]: the first token of each sequence, zero where it has none."""
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    if rows.shape[0] == 0:
-        return rows.new_zeros((starts.shape[0], rows.shape[1]))
-    first = rows.index_select(0, starts.clamp(max=rows.shape[0] - 1))
-    return torch.where((ends > starts)[:, None], first, torch.zeros_like(first))
+def _ends_at_first(encoder: XLMRobertaEncoder | FrozenEncoder) -> bool:
+    """Whether the encoder's last layer can go on with the first tokens alone."""
+    if isinstance(encoder, FrozenEncoder):
+        return True
+    layers: Any = encoder.layer
+    return (
+        type(encoder) is XLMRobertaEncoder
+        and is_bare(encoder)
+        and len(layers) > 0
+        and is_fused(layers[-1])
+    )

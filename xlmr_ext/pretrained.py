@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,12 +16,16 @@ from torch import Tensor
 from xlmr_ext.checkpoint import load_model, open_checkpoint, parse_dtype, save_model
 from xlmr_ext.configuration import XLMRobertaConfig, read_config
 from xlmr_ext.files import pinned
+from xlmr_ext.formats.frozen_file import FrozenFile
 from xlmr_ext.formats.weights_file import TensorDict, WeightsFile
+from xlmr_ext.frozen_checkpoint import load_frozen, save_frozen
 from xlmr_ext.loading import drop_arguments, parse_device_map
 from xlmr_ext.surface import ModelSurface
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from xlmr_ext.tokenization import XLMRobertaTokenizer
 
 __all__ = ["PreTrainedModel"]
 
@@ -83,6 +88,7 @@ class PreTrainedModel(ModelSurface):
         device_map: Any = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
+        verify: bool = False,
         **kwargs: Any,
     ) -> Self | tuple[Self, dict[str, list[Any]]]:
         """Loads a model from a directory or the hub: ``config.json`` and the weights beside it.
@@ -90,7 +96,9 @@ class PreTrainedModel(ModelSurface):
         The weights are the first there is of ``model.safetensors``, ``pytorch_model.bin`` and, in
         several files, ``model.safetensors.index.json``, ``pytorch_model.bin.index.json``. Pickles
         are read as data, never run. A model in BERT's layout with XLM-R's vocabulary (multilingual
-        E5 small, multilingual MiniLM) is converted while it is read.
+        E5 small, multilingual MiniLM) is converted while it is read. Where there are none of these,
+        ``frozen.safetensors`` (see :meth:`save_frozen`) gives a frozen model, which is mapped, not
+        read: its word embeddings are read by row, and processes share what they read.
 
         Names with and without the base model's prefix are understood, whether the file is of a
         base model or of one with a head. Parameters that the file lacks are initialised anew, which
@@ -113,7 +121,10 @@ class PreTrainedModel(ModelSurface):
             output_loading_info: return ``(model, info)``; ``info`` holds the lists
                 ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` (name, shape in the file,
                 shape of the model) and ``error_msgs``.
-            ignore_mismatched_sizes: initialise anew what has another shape in the file.
+            ignore_mismatched_sizes: initialise anew what has another shape in the file (a frozen
+                encoder always has that of the configuration).
+            verify: for a frozen model, compare the word embeddings with their checksum too, as the
+                encoder always is; this reads the whole file.
             **kwargs: settings of the configuration to override (``num_labels``, ``id2label``,
                 ``hidden_dropout_prob``, ...), and arguments of the model's constructor. What only
                 chooses among ways to the same result in transformers (``attn_implementation``,
@@ -163,12 +174,24 @@ class PreTrainedModel(ModelSurface):
                 variant=variant,
                 use_safetensors=use_safetensors,
             )
-        model, plan = load_model(
-            lambda: cls(config, **construct),
-            weights,
-            dtype=wanted,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-        )
+        build = partial(cls, config, **construct)
+        if isinstance(weights, FrozenFile):
+            model, plan = load_frozen(
+                build,
+                weights,
+                dtype=wanted,
+                device=device,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                verify=verify,
+            )
+        elif verify:
+            raise ValueError(
+                f"verify=True: {weights.path} holds no checksums; those of frozen models do"
+            )
+        else:
+            model, plan = load_model(
+                build, weights, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
+            )
         model.name_or_path = "" if name is None else str(name)
         model.to(device).eval()
         if not output_loading_info:
@@ -272,3 +295,33 @@ class PreTrainedModel(ModelSurface):
                 variant=variant,
                 state_dict=state_dict,
             )
+
+    def save_frozen(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        tokenizer: XLMRobertaTokenizer | None = None,
+    ) -> None:
+        """Writes a model after :meth:`optimize_for_inference`: ``config.json``,
+        ``frozen.safetensors`` and the tokenizer's files.
+
+        :meth:`from_pretrained` maps that file into memory, so that a program starts by reading only
+        what runs. In float32 it is of the kernels' table in use (``xlmr-ext info``) and is packed
+        anew, while it loads, where another is; in int8 it serves all. It cannot be trained or
+        turned back into weights: keep the checkpoint. All is written beside the old files and
+        renamed at the end, as :meth:`save_pretrained` has it.
+
+        Args:
+            save_directory: made where absent. Weights in it would be loaded instead, so it must
+                have none.
+            tokenizer: to write beside; None: that of the directory that the model came from, where
+                it has one.
+
+        Raises:
+            OSError: writing failed.
+            RuntimeError: the directory cannot be written to, or a weight was changed after it was
+                packed.
+            ValueError: the model is not frozen, is not in float32 or int8, or the directory has
+                weights.
+        """
+        save_frozen(self, save_directory, tokenizer)

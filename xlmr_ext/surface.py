@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from xlmr_ext.configuration import XLMRobertaConfig
-from xlmr_ext.frozen import FrozenEncoder, refuse
+from xlmr_ext.frozen import FROZEN_DTYPES, FrozenEncoder, freeze, refuse
 from xlmr_ext.outputs import ModelOutput
 from xlmr_ext.refusals import MODELS
 from xlmr_ext.resizing import resize
@@ -75,22 +75,39 @@ class ModelSurface(nn.Module):
         """A small batch that the model runs on."""
         return {"input_ids": torch.tensor([[0, 3, 2]], device=self.device)}
 
-    def optimize_for_inference(self) -> Self:
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the encoder is packed for inference, see :meth:`optimize_for_inference`."""
+        return any(isinstance(module, FrozenEncoder) for module in self.modules())
+
+    def optimize_for_inference(self, dtype: Literal["float32", "int8"] | None = None) -> Self:
         """Packs the encoder for inference, in place, and gives up its weights.
 
-        The whole encoder is then one native call over weights in the layout that the kernels read;
-        results keep their bits. A classifier's last layer computes only what its first token needs.
-        Afterwards the model can neither be trained nor saved; it stays in eval mode.
+        The whole encoder is then one native call over weights in the layout that the kernels read.
+        A classifier's last layer computes only what its first token needs. Afterwards the model can
+        neither be trained nor saved by ``save_pretrained`` (``save_frozen`` does); it stays in eval
+        mode.
+
+        Args:
+            dtype: ``"float32"``: results keep their bits (a float64 model is packed in its own
+                type). ``"int8"``: weights, and activations within the products, in 8 bits, a scale
+                for each output channel and for each token; and the word embeddings in 8 bits, a
+                scale a row. That takes a quarter of the memory; ``xlmr-ext quantize`` tells what it
+                does to results. None: what the encoder is packed in already, else float32.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: a layer has a hook, an adapter or a parametrization, or was replaced.
+            RuntimeError: the encoder is packed already, in the other type.
+            ValueError: a layer has a hook, an adapter or a parametrization, or was replaced; for
+                int8 also a model that is not float32, or weights that are not finite. The model is
+                as it was.
         """
+        if dtype is not None and dtype not in FROZEN_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(FROZEN_DTYPES)}, got {dtype!r}")
         self.eval()
-        base: Any = self.base_model
-        base._freeze()
+        freeze(self.base_model, dtype)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -99,7 +116,7 @@ class ModelSurface(nn.Module):
         Raises:
             RuntimeError: train mode is asked of such a model.
         """
-        if mode and any(isinstance(module, FrozenEncoder) for module in self.modules()):
+        if mode and self.is_frozen:
             refuse("train")
         return super().train(mode)
 
@@ -208,7 +225,7 @@ class ModelSurface(nn.Module):
                 go, or the embeddings were replaced by a module of another type.
             RuntimeError: after ``optimize_for_inference()``.
         """
-        if any(isinstance(module, FrozenEncoder) for module in self.modules()):
+        if self.is_frozen:
             refuse("resize_token_embeddings")
         words = self.get_input_embeddings()
         if new_num_tokens is None and pad_to_multiple_of is None:

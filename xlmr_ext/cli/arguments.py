@@ -71,6 +71,16 @@ def add_text_format(group: Any, formats: Sequence[str] = TEXT_FORMATS) -> None:
     )
 
 
+def add_dtype(group: Any) -> None:
+    """--dtype of what runs."""
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "int8"),
+        help="of the weights while they run; int8 is faster and less exact, see `xlmr-ext "
+        "quantize` (default: float32, or a frozen model's own)",
+    )
+
+
 def add_hub(parser: argparse.ArgumentParser) -> None:
     hub = parser.add_argument_group("where the model comes from")
     hub.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub model")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from xlmr_ext.cli.arguments import add_hub, add_text_format, count
+from xlmr_ext.cli.arguments import add_dtype, add_hub, add_text_format, count
 from xlmr_ext.cli.console import hub, say, use_threads
 from xlmr_ext.cli.inputs import Texts, add_input, interactive, sources
 from xlmr_ext.cli.outputs import is_device, opened_output, replace_output, to_bytes
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_encoder(parser: argparse.ArgumentParser) -> None:
     """How texts become vectors: what `load_encoder` and `encode` read."""
     group = parser.add_argument_group("vectors")
+    add_dtype(group)
     group.add_argument(
         "--pooling",
         metavar="MODE",
@@ -102,7 +103,7 @@ def load_encoder(arguments: argparse.Namespace) -> SentenceEncoder:
         max_length=arguments.max_length,
         **hub(arguments),
     )
-    encoder.model.optimize_for_inference()
+    encoder.model.optimize_for_inference(arguments.dtype)
     return encoder
 
 

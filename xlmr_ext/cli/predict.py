@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from xlmr_ext.cli.arguments import TEXT_FORMATS, add_columns, add_hub, count
+from xlmr_ext.cli.arguments import TEXT_FORMATS, add_columns, add_dtype, add_hub, count
 from xlmr_ext.cli.console import input_format, say, use_threads
 from xlmr_ext.cli.inputs import Rows, T, add_input, check_paths, interactive, opened, read_sources
 from xlmr_ext.cli.outputs import (
@@ -79,7 +79,7 @@ examples:
   xlmr-ext predict --model answers --input xquad.de.json --format squad --output answers.json"""
 
 # What each task reads, the first from standard input, and writes, the first unless told otherwise.
-_INPUTS = {
+INPUTS = {
     "classification": ("txt", "csv", "tsv", "jsonl"),
     "tokens": ("txt", "csv", "tsv", "jsonl", "iob2"),
     "qa": ("jsonl", "json"),
@@ -137,6 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='"no answer" (an empty one) may be the best, as in SQuAD 2.0',
     )
     size = parser.add_argument_group("size")
+    add_dtype(size)
     size.add_argument(
         "--batch-size", metavar="N", type=count, default=32, help="rows (or questions) a batch"
     )
@@ -158,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    formats = [_format(arguments, path) for path in arguments.input]
+    formats = [input_kind(arguments, path) for path in arguments.input]
     check_paths(arguments, arguments.input)
     task = task_of_checkpoint(arguments)
     _check_task(arguments, task, formats)
@@ -181,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _format(arguments: argparse.Namespace, path: str) -> str | None:
+def input_kind(arguments: argparse.Namespace, path: str) -> str | None:
     """The format of an input; None where it is for the task to say. Bad usage (exit code 2) where
     no task could read it."""
     if arguments.input_format is None and path != "-":
@@ -201,13 +202,13 @@ def _check_task(arguments: argparse.Namespace, task: str, formats: Iterable[str 
     parser: argparse.ArgumentParser = arguments.parser
     refuse_others(arguments, task, _OWNERS)
     arguments.sources = [
-        (path, found or _INPUTS[task][0])
+        (path, found or INPUTS[task][0])
         for path, found in zip(arguments.input, formats, strict=True)
     ]
     for path, found in arguments.sources:
-        if found not in _INPUTS[task]:
+        if found not in INPUTS[task]:
             parser.error(
-                f"{path} is {found}, and {task} reads {', '.join(_INPUTS[task])} (--input-format "
+                f"{path} is {found}, and {task} reads {', '.join(INPUTS[task])} (--input-format "
                 "tells another format than the suffix does)"
             )
     arguments.format = (
@@ -346,7 +347,7 @@ def _tokens(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> _Job:
     )
     if tags:
         _check_iob2(arguments.model, recognizer.labels)
-    rows = _Asked(_texts_or_words(arguments))
+    rows = _Asked(texts_or_words(arguments))
     answers = rows.with_answers(recognizer.stream(rows, window=arguments.window))
     if tags:
         return _Job(rows, (_tagged(words, found) for words, found in answers))
@@ -363,7 +364,8 @@ def _tokens(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> _Job:
     )
 
 
-def _texts_or_words(arguments: argparse.Namespace) -> Iterator[Words]:
+def texts_or_words(arguments: argparse.Namespace) -> Iterator[Words]:
+    """The texts of ``sources``; of .iob2, each sentence's words."""
     from xlmr_ext.tasks.iob2 import read_sentences
 
     for path, format in arguments.sources:
@@ -423,7 +425,7 @@ def _qa(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> _Job:
         batch_size=min(arguments.batch_size, arguments.window),
         **options,
     )
-    rows = _Asked(answerer.checked(_questions(arguments)))
+    rows = _Asked(answerer.checked(questions(arguments)))
     answers = rows.with_answers(answerer.stream(rows))
     if arguments.format == "squad":
         return _Job(rows, _members(answers))
@@ -465,7 +467,8 @@ def _write_answers(output: Path | None, job: _Job) -> None:
         replace_output(output, lambda file: file.write(content))
 
 
-def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
+def questions(arguments: argparse.Namespace) -> Iterator[Question]:
+    """The questions of ``sources``."""
     from xlmr_ext.tasks.squad import iterate_questions, read_squad
 
     for path, format in arguments.sources:
@@ -482,7 +485,7 @@ def _choice(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> _Job:
     answerer = ChoiceAnswerer(
         model, tokenizer, max_length=arguments.max_length, batch_size=arguments.batch_size
     )
-    rows = _Asked(_choice_questions(arguments))
+    rows = _Asked(choice_questions(arguments))
     answers = rows.with_answers(answerer.answers(rows, window=arguments.window))
     return _Job(
         rows,
@@ -495,7 +498,8 @@ def _choice(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> _Job:
     )
 
 
-def _choice_questions(arguments: argparse.Namespace) -> Iterator[ChoiceQuestion]:
+def choice_questions(arguments: argparse.Namespace) -> Iterator[ChoiceQuestion]:
+    """The questions of ``sources``, with their choices."""
     from xlmr_ext.tasks.choice import iterate_choices
 
     for path, _ in arguments.sources:

@@ -190,6 +190,11 @@ def load_to_train(
     model, loading = head_class(task).from_pretrained(
         arguments.model, output_loading_info=True, **chosen, **where
     )
+    if model.is_frozen:
+        raise ValueError(
+            f"{arguments.model} is a frozen model, which cannot be trained: give the checkpoint "
+            "that it was made from"
+        )
     new = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
     # The pooler is a part of the head: many checkpoints come without.
     refuse_missing(
@@ -223,7 +228,7 @@ def load_to_run(
     refuse_missing(
         loading["missing_keys"], f"{arguments.model} {what} (make one: {PROGRAM} finetune)"
     )
-    model.optimize_for_inference()
+    model.optimize_for_inference(arguments.dtype)
     return model, XLMRobertaTokenizer.from_pretrained(arguments.model, **where)
 
 

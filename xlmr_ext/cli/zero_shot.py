@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from xlmr_ext.cli.arguments import add_hub, add_text_format, count
+from xlmr_ext.cli.arguments import add_dtype, add_hub, add_text_format, count
 from xlmr_ext.cli.console import hub, use_threads
 from xlmr_ext.cli.inputs import Texts, add_input, interactive, sources
 from xlmr_ext.cli.outputs import add_output, format_of, one_line, write_stream
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_format(data)
     size = parser.add_argument_group("size")
+    add_dtype(size)
     size.add_argument(
         "--batch-size", metavar="N", type=count, default=128, help="pairs of text and label a batch"
     )
@@ -137,7 +138,7 @@ def _load(arguments: argparse.Namespace) -> ZeroShotClassifier:
     )
     refuse_missing(loading["missing_keys"], f"{arguments.model} is no trained classifier")
     return ZeroShotClassifier(
-        model.optimize_for_inference(),
+        model.optimize_for_inference(arguments.dtype),
         XLMRobertaTokenizer.from_pretrained(arguments.model, **where),
         entailment_label=arguments.entailment_label,
         max_length=arguments.max_length,

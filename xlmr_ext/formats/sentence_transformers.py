@@ -9,19 +9,27 @@ not known here changes a vector there, so it is refused.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xlmr_ext.files import first_file, leads_out, pinned, resolve_files
+from xlmr_ext.files import first_file, leads_out, pinned, replace_files, resolve_files
 from xlmr_ext.formats.weights_file import SafetensorsFile, WeightsFile, open_torch_weights
 from xlmr_ext.json_files import read_json
 
-__all__ = ["POOLING_MODES", "DenseWeights", "SentenceTransformerFolder", "read_folder"]
+__all__ = [
+    "POOLING_MODES",
+    "DenseWeights",
+    "SentenceTransformerFolder",
+    "copy_settings",
+    "read_folder",
+]
 
 # In the order in which several are put side by side, and the older settings that name them.
 _POOLING_KEYS = {
@@ -140,6 +148,40 @@ def read_folder(
         max_length=_max_length(source, transformer),
         **_prompts(source.find(".", _PROMPTS)),
     )
+
+
+def copy_settings(
+    name_or_path: str | os.PathLike[str], directory: str | os.PathLike[str], **hub: Any
+) -> None:
+    """Copies what makes tokens one vector into another folder, whose root takes the encoder.
+
+    Nothing happens where the model has no ``modules.json``.
+
+    Args:
+        name_or_path, **hub: as in :func:`read_folder`.
+        directory: made where absent.
+
+    Raises:
+        OSError: a file is not there, or cannot be read or written.
+        ValueError: as :func:`read_folder`, or the encoder lies in a folder of its own.
+    """
+    folder = read_folder(name_or_path, **hub)
+    if folder is None:
+        return
+    source = _Source(name_or_path, {**folder.hub, "subfolder": ""})
+    modules_file = source.need(".", _MODULES)
+    (_, encoder), *rest = _modules(modules_file)
+    if encoder != ".":
+        raise ValueError(
+            f"{modules_file}: the encoder lies in {encoder}; expected it in the folder itself"
+        )
+    wanted = [(path, file) for _, path in rest for file in ("config.json", *_WEIGHTS)]
+    wanted += [(".", file) for file in (*_TRANSFORMER_CONFIGS, _PROMPTS, _MODULES)]
+    for path, file in wanted:
+        found = source.find(path, file)
+        if found is not None:
+            copy = partial(shutil.copyfile, found)
+            replace_files(Path(directory) / path, {file: copy})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,9 +36,12 @@ FILE_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_MAPPED_DTYPES = {**FILE_DTYPES, "I8": torch.int8, "U8": torch.uint8}
 _DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 # 200 bytes a tensor are usual, 800 tensors are many.
 _MAX_HEADER_BYTES = 2**24
+# A mapping holds an open file of its own, so there are about _PIECES at most, whatever the size.
+_PIECE_BYTES, _PIECES = 2**25, 64
 
 
 class WeightsFile(Protocol):
@@ -66,7 +71,10 @@ class WeightsFile(Protocol):
 
 
 class SafetensorsFile:
-    """One safetensors file, mapped into memory.
+    """One safetensors file, mapped into memory piece by piece.
+
+    A piece leaves the memory with the last of its tensors: whoever packs the weights one by one
+    and gives them up does not hold both forms.
 
     Raises:
         OSError: the file cannot be read.
@@ -79,9 +87,13 @@ class SafetensorsFile:
         slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118
         self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         self._dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
+        self.metadata: Mapping[str, str] = self._handle.metadata() or {}
         with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        self.data_bytes = path.stat().st_size - 8 - header
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            self.data_bytes = path.stat().st_size - 8 - size
+            places = {key: tuple(header[key]["data_offsets"]) for key in self.shapes}
+            self._pieces = _mapped_pieces(file.fileno(), 8 + size, places)
 
     def file_of(self, key: str) -> Path:
         return self.path
@@ -90,8 +102,39 @@ class SafetensorsFile:
         return self._dtypes[key]
 
     def read(self, key: str) -> Tensor:
-        tensor: Tensor = self._handle.get_tensor(key)
-        return tensor
+        shape, dtype = self.shapes[key], _MAPPED_DTYPES.get(self._dtypes[key])
+        if key not in self._pieces or dtype is None:
+            tensor: Tensor = self._handle.get_tensor(key)
+            return tensor
+        piece, offset = self._pieces[key]
+        count = math.prod(shape)
+        return torch.frombuffer(piece, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+
+def _mapped_pieces(
+    file: int, start: int, places: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[mmap.mmap, int]]:
+    """The mapping that holds each entry, and where in it; entries without data are left out.
+
+    Args:
+        file: descriptor of the open file.
+        start: where its data begin.
+        places: where each entry begins and ends in the data.
+    """
+    entries = sorted((begin, end, key) for key, (begin, end) in places.items() if end > begin)
+    least = max(_PIECE_BYTES, sum(end - begin for begin, end, _ in entries) // _PIECES)
+    pieces: dict[str, tuple[mmap.mmap, int]] = {}
+    waiting: list[tuple[int, str]] = []
+    for begin, end, key in entries:
+        waiting.append((start + begin, key))
+        page = waiting[0][0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        size = start + end - page
+        if size >= least or key == entries[-1][2]:
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            piece = mmap.mmap(file, size, mmap.MAP_PRIVATE, protection, offset=page)
+            pieces |= {name: (piece, place - page) for place, name in waiting}
+            waiting.clear()
+    return pieces
 
 
 class TensorDict:

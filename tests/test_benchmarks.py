@@ -1,0 +1,183 @@
+"""benchmarks/compare.py and roofline.py: what they compute, and a run of each on a tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--layers", "2", "--hidden", "32", "--heads", "2", "--inner", "48", "--vocabulary", "50"]
+QUICK = ["--rounds", "2", "--seconds", "0.001", "--tries", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(FOLDER / script), *arguments],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["compare.py", "roofline.py"])
+def test_help(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--threads" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["compare.py", "roofline.py"])
+def test_a_case_that_does_not_exist(script: str) -> None:
+    done = run(script, "8x9000")
+    assert done.returncode == 2
+    assert "case '8x9000'" in done.stderr
+
+
+def test_cases() -> None:
+    from peers.cases import Shape, batch_of, lengths_of
+
+    assert lengths_of("8x128") == [128] * 8
+    ragged = lengths_of("ragged")
+    assert (len(ragged), sum(ragged), min(ragged), max(ragged)) == (32, 785, 5, 55)
+    mixed, uniform = lengths_of("mixed"), lengths_of("6x340")
+    assert sum(mixed) == sum(uniform)
+    assert sum(n * n for n in mixed) == sum(n * n for n in uniform)
+    batch = batch_of("ragged", 50)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (32, 55)
+    np.testing.assert_array_equal(batch.attention_mask.sum(1), batch.lengths)
+    np.testing.assert_array_equal(batch.input_ids[batch.attention_mask == 0], 1)
+    assert batch.input_ids.max() < 50
+    # A layer of width 1 with heads of 1: 4 + 2 weights a token, and scores and their sums.
+    assert Shape(1, 1, 1, 1).flops([2, 1]) == 2 * 6 * 3 + 4 * (4 + 1)
+
+
+def test_the_environment_of_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peers.limits import environment, limits
+
+    monkeypatch.setenv("XLMR_EXT_ISA", "baseline")
+    with environment(limits("best")):
+        assert "XLMR_EXT_ISA" not in os.environ
+    with environment({**limits("avx2"), "MORE": "1"}):
+        assert os.environ["XLMR_EXT_ISA"] == os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
+        assert os.environ["MORE"] == "1"
+    assert os.environ["XLMR_EXT_ISA"] == "baseline"
+    assert "MORE" not in os.environ
+
+
+def test_ratios_are_of_the_fastest_of_a_precision() -> None:
+    from peers.report import ratios
+
+    medians = {"xlmr_ext": [1.0, 2.0, 1.0], "a": [2.0, 2.0, 9.0], "b": [3.0, 3.0, 3.0],
+               "xlmr_ext int8": [1.0, 1.0, 1.0]}  # fmt: skip
+    precisions = {name: "int8" if "int8" in name else "float32" for name in medians}
+    assert ratios(medians, precisions) == {
+        "float32": {"fastest": "a", "ratio": [1.5, 2.0, 5.5]}
+    }  # int8 has nobody to be compared with
+
+
+def test_a_library_that_computes_something_else_is_not_timed() -> None:
+    import compare
+    from peers.cases import Batch, Shape
+    from peers.process import Turn
+
+    class Stub:
+        precision, computes = "float32", "classifier"
+
+        def __init__(self, output: list[float]) -> None:
+            self.output, self.ways, self.process = output, [self], self
+            self.environment: dict[str, str] = {}
+
+        def prepare(self, batch: Batch) -> list[dict[str, Any]]:
+            return [{"classifier": np.array([self.output], dtype=np.float32)}]
+
+        def fastest(self, seconds: float, tries: int) -> int:
+            return 0
+
+        def turn(self, seconds: float) -> Turn:
+            return Turn([0.5, 0.25], 0.0)
+
+    libraries: dict[str, Any] = {
+        "transformers": Stub([1, 2]), "xlmr_ext": Stub([1, 2]), "openvino": Stub([2, 1]),
+        "onnxruntime": Stub([1, 2, 3]),
+    }  # fmt: skip
+    arguments = argparse.Namespace(
+        peers=list(libraries), rounds=3, seconds=0.0, tries=1, seed=0, train=False
+    )
+    found = compare.measured("2x4", libraries, arguments, Shape(1, 2, 1, 2, 50))
+    timed = {name for name, result in found["libraries"].items() if "milliseconds" in result}
+    assert timed == {"transformers", "xlmr_ext"}
+    assert found["libraries"]["openvino"]["cosine"] == pytest.approx(0.8)
+    assert found["libraries"]["onnxruntime"]["cosine"] == 0.0
+    assert found["libraries"]["xlmr_ext"]["milliseconds"] == [375.0, 375.0, 375.0]
+    assert found["ratios"]["float32"] == {"fastest": "transformers", "ratio": [1.0, 1.0, 1.0]}
+
+
+def test_compare(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    options = [*TINY, *QUICK, "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "all")]
+    names = ["xlmr_ext", "xlmr_ext int8", "transformers", "ctranslate2"]
+    done = run("compare.py", "2x8", "ragged", *options, "--peers", *names)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert set(results["libraries"]) | set(results["absent"]) == set(names)
+    assert set(results["cases"]) == {"2x8", "ragged"}
+    for case in results["cases"].values():
+        assert {"xlmr_ext", "transformers"} <= set(case["libraries"])
+        for name, found in case["libraries"].items():
+            assert found["cosine"] > (0.98 if "int8" in name else 0.99999), name
+            assert found["milliseconds"][1] > 0
+            assert len(found["turns"]) == 2
+        assert case["ratios"]["float32"]["ratio"][1] > 0
+    assert results["cases"]["ragged"]["padded_tokens"] == 32 * 55
+    assert "transformers" in done.stdout
+    assert "| milliseconds | 2x8 | ragged |" in (tmp_path / "all.md").read_text()
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_in_training(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    options = [*TINY, *QUICK, "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "t")]
+    done = run("compare.py", "--train", "2x8", *options, "--peers", "xlmr_ext", "onnxruntime")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "t.json").read_text())
+    assert results["absent"] == {"onnxruntime": "not for training"}
+    assert results["cases"]["2x8"]["libraries"]["xlmr_ext"]["cosine"] > 0.99999
+    # The same file does not take cases of another kind of run.
+    done = run("compare.py", "2x8", *options, "--peers", "xlmr_ext")
+    assert done.returncode == 1
+    assert "another kind of run: its what differ" in done.stderr
+
+
+@pytest.mark.parametrize("lengths", [[5, 3], [1]])
+def test_roofline_calls_every_function(lengths: list[int]) -> None:
+    import roofline
+    from peers.cases import Shape
+
+    shape = Shape(2, 32, 2, 48, 1000)
+    functions = roofline.works(shape, lengths, backward=True)
+    wholes = roofline.passes(shape, lengths, backward=True)
+    for work in functions + wholes:
+        work.call()
+    # The parts' arithmetic is the passes'.
+    forward = sum(work.times * work.flops for work in functions if not work.name.endswith("'"))
+    assert forward == shape.flops(lengths) == wholes[0].flops
+
+
+def test_the_peaks_compile() -> None:
+    command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    done = subprocess.run(
+        [*command, str(FOLDER / "roofline.cpp")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
