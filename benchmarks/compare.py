@@ -74,7 +74,10 @@ def main() -> None:
         if REFERENCE not in libraries:
             sys.exit(f"compare.py: no {REFERENCE}: {results['absent'][REFERENCE]}")
         for case in arguments.cases:
-            results["cases"][case] = measured(case, libraries, arguments, shape)
+            try:
+                results["cases"][case] = measured(case, libraries, arguments, shape)
+            except AbsentError as error:
+                sys.exit(f"compare.py: {case}: {error}")
             print(f"{case} measured", file=sys.stderr)
             if output:
                 output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
@@ -132,7 +135,7 @@ def measured(
     """One case: cosines with the reference, then seconds of every library's turns.
 
     Raises:
-        AbsentError: a library fails on the batch.
+        AbsentError: the reference fails on the batch, or a library that did not at first.
     """
     batch, lengths = batch_of(case, shape.vocabulary), lengths_of(case)
     found: dict[str, Any] = {}
@@ -143,7 +146,12 @@ def measured(
         if name not in libraries:
             continue
         library = libraries[name]
-        cosine = min(cosine_of(outputs, reference, batch) for outputs in library.prepare(batch))
+        try:
+            prepared = library.prepare(batch)
+        except AbsentError as error:
+            found[name] = {"failed": str(error)}
+            continue
+        cosine = min(cosine_of(outputs, reference, batch) for outputs in prepared)
         found[name] = {"cosine": cosine}
         if cosine >= LEAST_COSINE[library.precision]:
             turns[name] = []

@@ -89,6 +89,7 @@ def test_ratios_are_of_the_fastest_of_a_precision() -> None:
 def test_a_library_that_computes_something_else_is_not_timed() -> None:
     import compare
     from peers.cases import Batch, Shape
+    from peers.peer import AbsentError
     from peers.process import Turn
 
     class Stub:
@@ -99,6 +100,8 @@ def test_a_library_that_computes_something_else_is_not_timed() -> None:
             self.environment: dict[str, str] = {}
 
         def prepare(self, batch: Batch) -> list[dict[str, Any]]:
+            if not self.output:
+                raise AbsentError("too long")
             return [{"classifier": np.array([self.output], dtype=np.float32)}]
 
         def fastest(self, seconds: float, tries: int) -> int:
@@ -109,7 +112,7 @@ def test_a_library_that_computes_something_else_is_not_timed() -> None:
 
     libraries: dict[str, Any] = {
         "transformers": Stub([1, 2]), "xlmr_ext": Stub([1, 2]), "openvino": Stub([2, 1]),
-        "onnxruntime": Stub([1, 2, 3]),
+        "onnxruntime": Stub([1, 2, 3]), "ctranslate2": Stub([]),
     }  # fmt: skip
     arguments = argparse.Namespace(
         peers=list(libraries), rounds=3, seconds=0.0, tries=1, seed=0, train=False
@@ -119,6 +122,7 @@ def test_a_library_that_computes_something_else_is_not_timed() -> None:
     assert timed == {"transformers", "xlmr_ext"}
     assert found["libraries"]["openvino"]["cosine"] == pytest.approx(0.8)
     assert found["libraries"]["onnxruntime"]["cosine"] == 0.0
+    assert found["libraries"]["ctranslate2"] == {"failed": "too long"}
     assert found["libraries"]["xlmr_ext"]["milliseconds"] == [375.0, 375.0, 375.0]
     assert found["ratios"]["float32"] == {"fastest": "transformers", "ratio": [1.0, 1.0, 1.0]}
 

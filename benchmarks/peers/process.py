@@ -62,18 +62,23 @@ class Process:
 
     def prepare(self, batch: Batch) -> dict[str, NDArray[np.float32]]:
         """Sets the batch that turns are taken on; -> its outputs."""
-        self._connection.send(("prepare", batch))
-        return self._answer()  # type: ignore[no-any-return]
+        return self._ask("prepare", batch)  # type: ignore[no-any-return]
 
     def turn(self, seconds: float) -> Turn:
         """Calls until ``seconds`` are over."""
-        self._connection.send(("turn", seconds))
-        return self._answer()  # type: ignore[no-any-return]
+        return self._ask("turn", seconds)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         self._connection.close()
         self._process.join(10)
         self._process.terminate()
+
+    def _ask(self, request: str, argument: object) -> Any:
+        try:
+            self._connection.send((request, argument))
+        except OSError as error:
+            raise AbsentError(f"its process has ended: {error}") from error
+        return self._answer()
 
     def _answer(self) -> Any:
         try:

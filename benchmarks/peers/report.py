@@ -97,7 +97,9 @@ def _cell(found: Mapping[str, Any]) -> str:
         low, median, high = found["milliseconds"]
         mark = "!" if found["disturbed"] > 0 else ""
         return f"{mark}{median:.1f} +- {(high - low) / 2:.1f}"
-    return f"differs ({found['cosine']:.3f})" if found else "-"
+    if "cosine" in found:
+        return f"differs ({found['cosine']:.3f})"
+    return "failed" if found else "-"
 
 
 def markdown(results: Mapping[str, Any]) -> str:
