@@ -22,11 +22,11 @@ struct Tile {
 };
 
 // Sizes in elements; the caches meant are those of float32 on a core with 32 KiB and 512 KiB.
-constexpr int64_t kBlockK = 384;         // a panel of B (24 KiB) stays in L1
-constexpr int64_t kBlockRows = 192;      // of A, passed over by all panels of a task: in L2
-constexpr int64_t kBlockColumns = 96;    // of B in one task: in L2 beside the block's sums
-constexpr int64_t kSpanK = 8 * kBlockK;  // of a B that a task packs for itself
-constexpr int64_t kPackBytes = 8 << 20;  // packed A, all threads together: in L3
+constexpr int64_t kBlockK = 192;          // a panel of B (12 KiB) in L1; longer chains round more
+constexpr int64_t kBlockRows = 192;       // of A, passed over by all panels of a task: in L2
+constexpr int64_t kBlockColumns = 96;     // of B in one task: in L2 beside the sums of the block
+constexpr int64_t kSpanK = 16 * kBlockK;  // of a B that a task packs for itself
+constexpr int64_t kPackBytes = 8 << 20;   // packed A, all threads together: in L3
 
 // Element (i, j) of a matrix is data[i * row + j * column].
 template <class T>
