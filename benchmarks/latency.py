@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import threading
 import time
@@ -25,13 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.cases import batch_of, lengths_of
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+from peers.machine import machine
 
 
 def one_round(call: Callable[[], Any], callers: int, seconds: float) -> tuple[list[float], float]:
@@ -146,8 +138,7 @@ def main() -> None:
         sides = {arguments.only: sides[arguments.only]}
     info = xlmr_ext.build_info()
     about = {
-        "processor": processor(),
-        "cpus": len(os.sched_getaffinity(0)),
+        **machine(),
         "threads": torch.get_num_threads(),
         "xlmr_ext": {name: info[name] for name in ("version", "table", "threads")},
         "torch": torch.__version__,

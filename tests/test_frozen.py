@@ -120,8 +120,8 @@ def test_float64() -> None:
 
 
 @torch.no_grad()
-def test_a_row_is_the_same_alone_and_on_any_number_of_threads(restore_threads: None) -> None:
-    model = frozen(make("classifier"))
+def check_alone_and_on_threads(model: Any) -> None:
+    """A classifier's row has the same bits alone and on any number of threads."""
     rows = texts()
     together = model(packed=pack(rows)).logits
     for index, row in enumerate(rows):
@@ -129,6 +129,10 @@ def test_a_row_is_the_same_alone_and_on_any_number_of_threads(restore_threads: N
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert torch.equal(model(packed=pack(rows)).logits, together)
+
+
+def test_a_row_is_the_same_alone_and_on_any_number_of_threads(restore_threads: None) -> None:
+    check_alone_and_on_threads(frozen(make("classifier")))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pairs import make_config, pack, random_ids, randomize
-from test_frozen import MODELS, make
+from test_frozen import MODELS, check_alone_and_on_threads, make
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -161,16 +161,8 @@ def test_int8_is_near_float32(isa: str, kind: str) -> None:
         assert 0 < (a - b).square().mean().sqrt() < 0.05 * b.square().mean().sqrt()
 
 
-@torch.no_grad()
 def test_the_same_bits_alone_and_on_every_table_threads(isa: str, restore_threads: None) -> None:
-    model: Any = make("classifier").optimize_for_inference("int8")
-    texts = [random_ids(length) for length in (9, 1, 17, 4, 33)]
-    together = model(packed=pack(texts)).logits
-    for row, text in enumerate(texts):
-        assert torch.equal(model(text[None]).logits[0], together[row])
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        assert torch.equal(model(packed=pack(texts)).logits, together)
+    check_alone_and_on_threads(make("classifier").optimize_for_inference("int8"))
 
 
 # --- Outlier channels -----------------------------------------------------------------------------

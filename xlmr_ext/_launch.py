@@ -47,7 +47,7 @@ from xlmr_ext._checks import (
     check_tensor,
     dtype_code,
 )
-from xlmr_ext.threads import CallThreads, available_cpus
+from xlmr_ext.threads import CallThreads
 
 # --- Calling -------------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ def _dropout(op: str, p: float, site: int, seed: Tensor | None) -> tuple[float, 
 
 
 _call_threads = CallThreads(torch.get_num_threads())
-_C.set_cpu_capacity(available_cpus())
+_C.set_cpu_capacity(_call_threads.available)
 
 
 def _call(function: Callable[..., int], *args: Any) -> None:

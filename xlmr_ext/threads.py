@@ -24,6 +24,7 @@ class CallThreads:
         root: where ``/proc`` and the cgroup file systems are looked for.
 
     Attributes:
+        available: processors that this process may use, see `available_cpus`.
         limit: what replaces torch's own number; None where that is fine as it is.
         quota: the CPU quota in processors that ``limit`` comes from.
     """
@@ -32,12 +33,12 @@ class CallThreads:
         self.replaced = torch_threads
         self.limit: int | None = None
         self.quota = cpu_quota(root)
+        self.available = _within(self.quota)
         chosen = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
         if self.quota is None or chosen or 2 * torch_threads < _affinity():
             return
-        available = available_cpus(root)
-        if available < torch_threads:
-            self.limit = available
+        if self.available < torch_threads:
+            self.limit = self.available
 
     def __call__(self, torch_threads: int) -> int:
         """Threads of a call where torch would take ``torch_threads``."""
@@ -62,8 +63,12 @@ def available_cpus(root: Path = Path("/")) -> int:
     Args:
         root: where ``/proc`` and the cgroup file systems are looked for.
     """
+    return _within(cpu_quota(root))
+
+
+def _within(quota: float | None) -> int:
+    """Processors by a quota and the affinity mask, at least 1."""
     allowed = _affinity()
-    quota = cpu_quota(root)
     return max(1, allowed if quota is None else min(allowed, math.ceil(quota)))
 
 

@@ -350,11 +350,14 @@ int64_t embedding_backward(int dtype, int64_t rows, int64_t hidden, double p, in
   return XLMR_EXECUTE(embedding_backward);
 }
 
-int64_t packed_bytes(int dtype, int64_t out_features, int64_t in_features) {
-  const int64_t bytes = xlmr::active().table->packed_bytes(static_cast<xlmr::DType>(dtype),
-                                                           out_features, in_features);
+int64_t checked_bytes(int64_t bytes) {
   if (bytes < 0) throw std::overflow_error("a packed weight of this shape does not fit in 64 bits");
   return bytes;
+}
+
+int64_t packed_bytes(int dtype, int64_t out_features, int64_t in_features) {
+  return checked_bytes(xlmr::active().table->packed_bytes(static_cast<xlmr::DType>(dtype),
+                                                          out_features, in_features));
 }
 
 int64_t pack_weight(int dtype, int64_t out_features, int64_t in_features, Address weight,
@@ -365,9 +368,7 @@ int64_t pack_weight(int dtype, int64_t out_features, int64_t in_features, Addres
 }
 
 int64_t packed_int8_bytes(int64_t out_features, int64_t in_features) {
-  const int64_t bytes = xlmr::packed_int8_bytes(out_features, in_features);
-  if (bytes < 0) throw std::overflow_error("a packed weight of this shape does not fit in 64 bits");
-  return bytes;
+  return checked_bytes(xlmr::packed_int8_bytes(out_features, in_features));
 }
 
 void pack_int8_weight(int64_t out_features, int64_t in_features, Address weight, Address scale,

@@ -31,17 +31,16 @@ XLMR_HD constexpr uint32_t dropout_threshold(double p) {
   return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
 }
 
-// One round on one counter (c0, c1, c2, c3).
-XLMR_HD inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
-                                 uint32_t k0, uint32_t k1) {
-  const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-  const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
-  const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-  const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-  c1 = static_cast<uint32_t>(p1);
-  c3 = static_cast<uint32_t>(p0);
-  c0 = n0;
-  c2 = n2;
+// One round on the four words of a counter, or of one counter a lane. A word is the low half of 64
+// bits, and what is above it is left to chance. multiply(w, m) gives the product of a word with m.
+template <class Word, class Multiply>
+XLMR_HD inline void philox_round(Word (&c)[4], uint64_t k0, uint64_t k1, const Multiply& multiply) {
+  const Word p0 = multiply(c[0], uint64_t{kPhiloxM0});
+  const Word p1 = multiply(c[2], uint64_t{kPhiloxM1});
+  c[0] = (p1 >> 32) ^ c[1] ^ k0;
+  c[2] = (p0 >> 32) ^ c[3] ^ k1;
+  c[1] = p1;
+  c[3] = p0;
 }
 
 }  // namespace

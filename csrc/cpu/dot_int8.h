@@ -26,6 +26,15 @@ XLMR_INLINE int32_t dot_plain(int32_t sum, const A* a, const int8_t* w) {
   return static_cast<int32_t>(total);
 }
 
+// Four activations as one number, which fills a register.
+template <class Number, class A>
+XLMR_INLINE Number four(const A* a) {
+  static_assert(sizeof(Number) == kInt8Depth * sizeof(A));
+  Number number;
+  memcpy(&number, a, sizeof number);
+  return number;
+}
+
 #if defined(XLMR_ISA_AVX512) || defined(XLMR_ISA_AVX2)
 // Compilers turn the chain of sums of an unrolled loop into a tree, whose leaves do not fit into
 // the registers.
@@ -53,9 +62,7 @@ struct Dot {
 
   static XLMR_INLINE Weights load(const int8_t* w) { return _mm512_loadu_si512(w); }
   static XLMR_INLINE __m512i broadcast(const uint8_t* a) {
-    int32_t four;
-    memcpy(&four, a, sizeof four);
-    return _mm512_set1_epi32(four);
+    return _mm512_set1_epi32(four<int32_t>(a));
   }
   static XLMR_INLINE Sum start(const int32_t* sum) {
     return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_loadu_si512(sum), 7));
@@ -85,9 +92,7 @@ struct Dot {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
   }
   static XLMR_INLINE __m512i broadcast(const int16_t* a) {
-    int64_t four;
-    memcpy(&four, a, sizeof four);
-    return _mm512_set1_epi64(four);
+    return _mm512_set1_epi64(four<int64_t>(a));
   }
   static XLMR_INLINE Sum start(const int32_t*) { return _mm512_setzero_si512(); }
   static XLMR_INLINE Sum dot(Sum s, __m512i a, Weights w) {
@@ -155,9 +160,7 @@ struct Dot {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
   }
   static XLMR_INLINE __m256i broadcast(const uint8_t* a) {
-    int32_t four;
-    memcpy(&four, a, sizeof four);
-    return _mm256_set1_epi32(four);
+    return _mm256_set1_epi32(four<int32_t>(a));
   }
   static XLMR_INLINE Sum start(const int32_t* sum) {
     const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sum));
@@ -193,9 +196,7 @@ struct Dot {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
   }
   static XLMR_INLINE __m256i broadcast(const int16_t* a) {
-    int64_t four;
-    memcpy(&four, a, sizeof four);
-    return _mm256_set1_epi64x(four);
+    return _mm256_set1_epi64x(four<int64_t>(a));
   }
   static XLMR_INLINE Sum start(const int32_t*) { return _mm256_setzero_si256(); }
   static XLMR_INLINE Sum dot(Sum s, __m256i a, Weights w) {
@@ -229,9 +230,7 @@ struct Dot {
   static constexpr int kChannels = 4;
   static XLMR_INLINE Weights load(const int8_t* w) { return vld1q_s8(w); }
   static XLMR_INLINE int8x16_t broadcast(const int8_t* a) {
-    int32_t four;
-    memcpy(&four, a, sizeof four);
-    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+    return vreinterpretq_s8_s32(vdupq_n_s32(four<int32_t>(a)));
   }
 
 #if defined(__ARM_FEATURE_DOTPROD)

@@ -26,8 +26,8 @@ class DropoutMask {
   // mask[j] = 0 or 1 / (1 - p) for column + j, j < n; writes up to kGroup - 1 elements more.
   // column is a multiple of 4.
   void row(int64_t head, int64_t row, int64_t column, int64_t n, T* mask) const {
-    // A lane holds one word of one counter in its low half; what is above is left to chance.
-    Words step;
+    const auto multiply = [](Words words, uint64_t m) { return multiply_low(words, Words{} + m); };
+    Words step;  // a counter a lane
     for (int i = 0; i < kLanes; ++i) step[i] = static_cast<uint64_t>(i);
     for (int64_t j = 0; j < n; j += kGroup) {
       Words word[kVectors][4];
@@ -40,7 +40,7 @@ class DropoutMask {
       uint32_t k0 = key_[0], k1 = key_[1];
       for (int round = 0; round < kPhiloxRounds; ++round) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) philox_round(word[v], k0, k1);
+        for (int v = 0; v < kVectors; ++v) philox_round(word[v], k0, k1, multiply);
         k0 += kPhiloxW0;
         k1 += kPhiloxW1;
       }
@@ -65,16 +65,6 @@ class DropoutMask {
   static constexpr int kGroup = 4 * kLanes * kVectors;  // columns they serve
 
  private:
-  // philox_round() of core/philox.h on a counter a lane.
-  static XLMR_INLINE void philox_round(Words (&c)[4], uint32_t k0, uint32_t k1) {
-    const Words p0 = multiply_low(c[0], Words{} + uint64_t{kPhiloxM0});
-    const Words p1 = multiply_low(c[2], Words{} + uint64_t{kPhiloxM1});
-    c[0] = (p1 >> 32) ^ c[1] ^ uint64_t { k0 };
-    c[2] = (p0 >> 32) ^ c[3] ^ uint64_t { k1 };
-    c[1] = p1;
-    c[3] = p0;
-  }
-
   bool on_;
   uint32_t threshold_, site_, key_[2];
   T keep_;

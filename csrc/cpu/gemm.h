@@ -224,7 +224,7 @@ struct Product {
   int64_t rows, columns;
   int num_segments;
   Segment<T> segment[3];
-  T* c;  // [M, N]; holds partial sums until the last block of k
+  T* c;  // [M, N]; holds the sums between two spans of k, where there are several
   int64_t c_stride;
   const T* packed_b = nullptr;  // pack_b of the one segment's whole B, made beforehand; may be null
 

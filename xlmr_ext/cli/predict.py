@@ -79,7 +79,7 @@ examples:
   xlmr-ext predict --model answers --input xquad.de.json --format squad --output answers.json"""
 
 # What each task reads, the first from standard input, and writes, the first unless told otherwise.
-INPUTS = {
+_INPUTS = {
     "classification": ("txt", "csv", "tsv", "jsonl"),
     "tokens": ("txt", "csv", "tsv", "jsonl", "iob2"),
     "qa": ("jsonl", "json"),
@@ -196,21 +196,33 @@ def input_kind(arguments: argparse.Namespace, path: str) -> str | None:
     return None if path == "-" and arguments.input_format is None else found
 
 
+def check_kind(
+    parser: argparse.ArgumentParser, path: str, found: str | None, task: str, of: str | None = None
+) -> None:
+    """Bad usage (exit code 2) where a task does not read inputs of a format.
+
+    Args:
+        of: the task whose inputs it reads; None: its own.
+    """
+    reads = _INPUTS[of or task]
+    if found not in reads:
+        parser.error(
+            f"{path} is {found}, and {task} reads {', '.join(reads)} (--input-format tells another "
+            "format than the suffix does)"
+        )
+
+
 def _check_task(arguments: argparse.Namespace, task: str, formats: Iterable[str | None]) -> None:
     """Settles ``sources`` (path and format of every input) and the output's format; bad usage where
     they are not the task's."""
     parser: argparse.ArgumentParser = arguments.parser
     refuse_others(arguments, task, _OWNERS)
     arguments.sources = [
-        (path, found or INPUTS[task][0])
+        (path, found or _INPUTS[task][0])
         for path, found in zip(arguments.input, formats, strict=True)
     ]
     for path, found in arguments.sources:
-        if found not in INPUTS[task]:
-            parser.error(
-                f"{path} is {found}, and {task} reads {', '.join(INPUTS[task])} (--input-format "
-                "tells another format than the suffix does)"
-            )
+        check_kind(parser, path, found, task)
     arguments.format = (
         arguments.format or format_of(arguments.output, _OUTPUTS[task]) or _OUTPUTS[task][0]
     )

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from xlmr_ext.cli.arguments import TEXT_FORMATS, add_hub, add_text_format, count, share
 from xlmr_ext.cli.console import hub, say, use_threads
 from xlmr_ext.cli.inputs import read_sources
-from xlmr_ext.cli.predict import INPUTS, choice_questions, input_kind, questions, texts_or_words
+from xlmr_ext.cli.predict import (
+    check_kind,
+    choice_questions,
+    input_kind,
+    questions,
+    texts_or_words,
+)
 from xlmr_ext.cli.task_arguments import add_task_name, refuse_others
 from xlmr_ext.tasks.registry import refuse_missing, task_of_architectures
 
@@ -143,14 +149,11 @@ def _check_text(arguments: argparse.Namespace, task: str) -> None:
         arguments.parser.error("standard input cannot be read here: give a file")
     plain = ("classification", _ENCODER)
     refuse_others(arguments, task, {"text_column": (*plain, "tokens"), "pair_column": plain})
-    reads = INPUTS["classification" if task == _ENCODER else task]
-    found = input_kind(arguments, str(arguments.text))
-    if found not in reads:
-        arguments.parser.error(
-            f"{arguments.text} is {found}, and {task} reads {', '.join(reads)} (--input-format "
-            "tells another format than the suffix does)"
-        )
-    arguments.sources = [(str(arguments.text), found)]
+    path = str(arguments.text)
+    found = input_kind(arguments, path)
+    of = "classification" if task == _ENCODER else None
+    check_kind(arguments.parser, path, found, task, of)
+    arguments.sources = [(path, found)]
     with arguments.text.open("rb"):
         pass
 

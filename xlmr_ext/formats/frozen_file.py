@@ -144,8 +144,7 @@ class FrozenFile:
             "up": (inner, hidden),
             "down": (hidden, inner),
         }
-        # What the table in use packs: its name, and the width of its panels.
-        own = pack_weight(torch.zeros(1, 1))
+        own = _own_layout()
         left = set(self._encoder)
         layers = []
         for number in range(config.num_hidden_layers):
@@ -169,7 +168,7 @@ class FrozenFile:
             raise ValueError(f"{self.path}: {error}") from None
 
     def _packed(
-        self, key: str, data: Tensor, size: tuple[int, int], own: PackedWeight
+        self, key: str, data: Tensor, size: tuple[int, int], own: tuple[str, int]
     ) -> PackedWeight:
         out_features, in_features = size
         if self.is_int8:
@@ -181,10 +180,17 @@ class FrozenFile:
                 f"{self.path}: {key} has {data.numel()} elements of {data.dtype}; expected a "
                 f"weight {list(size)} in panels of {columns}"
             )
-        if columns * 4 == own.data.numel():
-            return PackedWeight(data, *size, torch.float32, own.table)
+        table, own_columns = own
+        if columns == own_columns:
+            return PackedWeight(data, *size, torch.float32, table)
         rows = data.view(torch.float32).reshape(panels, in_features, columns).transpose(1, 2)
         return pack_weight(rows.reshape(-1, in_features)[:out_features])
+
+
+def _own_layout() -> tuple[str, int]:
+    """Name of the layout that the table in use packs, and the columns of its panels."""
+    one = pack_weight(torch.zeros(1, 1))
+    return one.table, one.data.numel() // one.dtype.itemsize
 
 
 def packed_entries(encoder: PackedEncoder) -> dict[str, Tensor]:
@@ -213,12 +219,11 @@ def write_frozen_file(
     words = {name: tensor for name, tensor in entries.items() if _WORDS in name}
     runs = {name: tensor for name, tensor in entries.items() if name not in words}
     int8 = encoder.int8
-    columns = pack_weight(torch.zeros(1, 1)).data.numel() // 4
     facts = {
         "format": _FORMAT,
         "version": _VERSION,
         "dtype": "int8" if int8 else "float32",
-        "layout": _INT8_LAYOUT if int8 else f"panels-{columns}",
+        "layout": _INT8_LAYOUT if int8 else f"panels-{_own_layout()[1]}",
         "model": model,
         "checksum": _checksum(sorted(runs.items())),
         "checksum_words": _checksum(sorted(words.items())),

@@ -83,17 +83,15 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle = open_safetensors(path)
+        self._handle, start, header = _opened(path)
         slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118
         self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         self._dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
         self.metadata: Mapping[str, str] = self._handle.metadata() or {}
+        self.data_bytes = path.stat().st_size - start
+        places = {key: tuple(header[key]["data_offsets"]) for key in self.shapes}
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            self.data_bytes = path.stat().st_size - 8 - size
-            places = {key: tuple(header[key]["data_offsets"]) for key in self.shapes}
-            self._pieces = _mapped_pieces(file.fileno(), 8 + size, places)
+            self._pieces = _mapped_pieces(file.fileno(), start, places)
 
     def file_of(self, key: str) -> Path:
         return self.path
@@ -213,6 +211,11 @@ def open_torch_weights(path: Path) -> TensorDict:
 
 def open_safetensors(path: Path) -> Any:
     """``safetensors.safe_open``; whatever is wrong with the header ends here as a ValueError."""
+    return _opened(path)[0]
+
+
+def _opened(path: Path) -> tuple[Any, int, dict[str, Any]]:
+    """What :func:`open_safetensors` opens, where its data begin, and its header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -226,10 +229,10 @@ def open_safetensors(path: Path) -> Any:
                 f"{path}: not a whole safetensors file: it announces a header of {length} bytes "
                 f"and has {size} bytes in all"
             )
-        header = file.read(length)
+        text = file.read(length)
     try:
-        json.loads(header, object_pairs_hook=refuse_duplicates)
-        return safe_open(path, framework="pt")
+        header = json.loads(text, object_pairs_hook=refuse_duplicates)
+        return safe_open(path, framework="pt"), 8 + length, header
     except (ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{path}: not a usable safetensors file: {error}") from None
 
