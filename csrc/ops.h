@@ -264,11 +264,13 @@ struct EmbeddingBackward {
 };
 
 // y = act(x W^T + b [+ addend]) in float32 over 8-bit weights, w = q * scale of its output channel.
-// Every row of x is quantised on the way: q = round(x * (127 / max|x|)), its scale max|x| / 127.
-// The product is exact in int32, the same on every table; then y = acc * (row scale * channel
-// scale) + b [+ addend], no two of these fused, and so without an activation y has the same bits on
-// every table. A row whose largest value is below 2^-100 counts as zeros; one that holds NaN or
-// infinity gives NaN.
+// Every row of x is quantised on the way, about the centre c = max / 2 + min / 2 of its values and
+// with half their range h = max / 2 - min / 2: q = round((x - c) * (127 / h)), its scale h / 127.
+// So GELU's output, which has one sign nearly, loses no bit to the other. The product is exact in
+// int32, the same on every table; then y = acc * (row scale * channel scale) + c * (channel scale *
+// sum of the channel's q) + b [+ addend], no two of these fused, and so without an activation y has
+// the same bits on every table. Where h is below 2^-100 every value of the row counts as c; a row
+// that holds NaN or infinity gives NaN.
 struct LinearInt8Forward {
   Activation activation;                    // none or tanh
   int64_t rows, in_features, out_features;  // in_features at most kInt8MaxFeatures

@@ -85,6 +85,16 @@ def test_reports_and_writes(cli: Cli, models: Path, tmp_path: Path, kind: str) -
     assert {FROZEN_NAME, "config.json", "sentencepiece.bpe.model"} <= names
     assert not any(name.startswith("model.") for name in names)
 
+    calibrated = tmp_path / "calibrated"
+    code, out, err = cli(
+        "quantize", "--model", models / kind, "--text", files(tmp_path)[kind], "--calibration",
+        files(tmp_path)[kind], "--min-agreement", 0, "--output", calibrated,
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.splitlines()[2] == lines[2]  # the embeddings have no bias to move
+    assert out.splitlines()[4] != lines[4]
+    assert (calibrated / FROZEN_NAME).read_bytes() != (output / FROZEN_NAME).read_bytes()
+
 
 @pytest.mark.parametrize("kept", ["int8", "float32"])
 def test_commands_run_on_the_folder(cli: Cli, models: Path, tmp_path: Path, kept: str) -> None:
@@ -243,6 +253,9 @@ def test_refusals(cli: Cli, models: Path, tmp_path: Path) -> None:
         (["--min-agreement", 0.5], "--min-agreement needs texts to agree on"),
         (["--text", text, "--dtype", "float32"], "--text is for int8"),
         (["--text", "-"], "standard input cannot be read here"),
+        (["--calibration", "-"], "standard input cannot be read here"),
+        (["--calibration", text, "--dtype", "float32"], "--calibration is for int8"),
+        (["--calibration", files(tmp_path)["qa"]], "is json, and classification reads"),
         (["--text", text, "--min-agreement", 2], "expected a number from 0 to 1"),
         (["--text", text, "--rows", 0], "expected a whole number of at least 1"),
         (["--text", files(tmp_path)["qa"]], "is json, and classification reads"),
@@ -255,6 +268,7 @@ def test_refusals(cli: Cli, models: Path, tmp_path: Path) -> None:
     empty = write(tmp_path / "empty.txt", "")
     wrong = (
         ([*topics, "--text", empty], "has no rows"),
+        ([*topics, "--calibration", empty], "has no rows"),
         ([*topics, "--text", tmp_path / "none.txt"], "No such file"),
         ([*topics, "--task", "tokens"], "is no whole model for tokens: it lacks 2"),
         (["quantize", "--model", models / "topics", "--output", models / "qa"],

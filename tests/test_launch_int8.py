@@ -53,11 +53,14 @@ class Int8Linear(nn.Module):
         super().__init__()
         q, self.scale = quantize_rows(linear.weight)
         self.q, self.bias = q.double(), linear.bias.detach()
+        self.sum = self.q.sum(1).float() * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        most = x.abs().amax(-1, keepdim=True)
-        q = (x * (127 / most)).round()
-        return (q.double() @ self.q.t()).float() * (most / 127 * self.scale) + self.bias
+        high, low = x.amax(-1, keepdim=True) / 2, x.amin(-1, keepdim=True) / 2
+        centre, range = high + low, high - low
+        q = ((x - centre) * (127 / range)).round()
+        moving = (q.double() @ self.q.t()).float() * (range / 127 * self.scale)
+        return moving + centre * self.sum + self.bias
 
 
 def in_plain_torch(model: XLMRobertaModel) -> XLMRobertaModel:

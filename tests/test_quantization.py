@@ -9,10 +9,11 @@ import pytest
 import torch
 from pairs import make_config, pack, random_ids, randomize
 from test_frozen import MODELS, check_alone_and_on_threads, make
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xlmr_ext import XLMRobertaForSequenceClassification, XLMRobertaModel
+from xlmr_ext.calibration import corrected_bias, input_means, random_sequences
 from xlmr_ext.comparison import compare
 from xlmr_ext.quantization import QuantizedEmbedding, quantize_rows
 
@@ -68,11 +69,29 @@ def test_embedding_of_8_bits() -> None:
 # --- The model, beside plain torch ----------------------------------------------------------------
 
 
+def means_by_hooks(model: XLMRobertaModel, sequences: list[list[int]]) -> dict[nn.Module, Tensor]:
+    """The mean input of every linear map of the encoder, as the modules see it."""
+    model = model.double()
+    seen: dict[nn.Module, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, x: seen.setdefault(m, []).append(x[0]))
+        for module in model.encoder.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    for sequence in sequences:
+        model(torch.tensor([sequence]))
+    for handle in handles:
+        handle.remove()
+    model.float()
+    return {module: torch.cat(rows).mean(0) for module, rows in seen.items()}
+
+
 class Emulated:
     """The int8 encoder in float64 (integer products are exact there), rounding where it rounds."""
 
-    def __init__(self, model: XLMRobertaModel) -> None:
+    def __init__(self, model: XLMRobertaModel, calibration: list[list[int]]) -> None:
         self.model, self.dtype = model, torch.float64
+        self.means = means_by_hooks(model, calibration)
 
     def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes, scale = quantize_rows(weight)
@@ -82,11 +101,14 @@ class Emulated:
         codes, scale = self.quantized(layer.weight)
         # As the kernel has it: the scale and the quotient in float32.
         rows = x.float()
-        step = rows.abs().amax(1, keepdim=True) / 127
-        q = (rows / step.where(step > 0, 1.0)).round().double()
+        high, low = rows.amax(1, keepdim=True), rows.amin(1, keepdim=True)
+        centre, step = high / 2 + low / 2, (high / 2 - low / 2) / 127
+        q = ((rows - centre) / step.where(step > 0, 1.0)).round().double()
         product = q @ codes.T
         assert product.abs().max() < 2**31
-        return product * step.double() * scale + layer.bias.double()
+        rounded = codes * scale[:, None]
+        bias = layer.bias.double() + (layer.weight.double() - rounded) @ self.means[layer]
+        return product * step.double() * scale + centre.double() * rounded.sum(1) + bias
 
     def norm(self, x: Tensor, layer: Any) -> Tensor:
         weight, bias = layer.weight.double(), layer.bias.double()
@@ -131,10 +153,11 @@ def test_an_int8_model_beside_plain_torch(isa: str, sizes: dict[str, Any]) -> No
     by a step of that one value. So most states must agree to float32's rounding, and all to what a
     few such steps are."""
     model = randomize(XLMRobertaModel(make_config(**sizes, num_hidden_layers=2)), 0.1).eval()
-    emulated = Emulated(model)
+    calibration = [random_ids(length).tolist() for length in (30, 2, 9)]
+    emulated = Emulated(model, calibration)
     texts = [random_ids(length) for length in (1, 5, 17, 33)]
     expected = [emulated.states(text) for text in texts]
-    frozen: Any = copy.deepcopy(model).optimize_for_inference("int8")
+    frozen: Any = copy.deepcopy(model).optimize_for_inference("int8", calibration)
     found = frozen(packed=pack(texts), output_hidden_states=True).hidden_states
     float_states = model(packed=pack(texts), output_hidden_states=True).hidden_states
     for place, (ours, floating) in enumerate(zip(found, float_states, strict=True)):
@@ -163,6 +186,77 @@ def test_int8_is_near_float32(isa: str, kind: str) -> None:
 
 def test_the_same_bits_alone_and_on_every_table_threads(isa: str, restore_threads: None) -> None:
     check_alone_and_on_threads(make("classifier").optimize_for_inference("int8"))
+
+
+# --- Calibration ----------------------------------------------------------------------------------
+
+
+def test_the_bias_takes_back_the_mean_of_rounding() -> None:
+    weight, bias, x = torch.randn(7, 30), torch.randn(7), torch.randn(500, 30) + torch.randn(30)
+    codes, scale = quantize_rows(weight)
+    rounded = codes.double() * scale.double()[:, None]
+    wanted = (x.double() @ weight.double().T + bias.double()).mean(0)
+    assert (x.double().mean(0) @ rounded.T + bias - wanted).abs().max() > 1e-3
+    mean = x.double().mean(0)
+    for given, target in ((bias, wanted), (None, wanted - bias.double())):
+        got = mean @ rounded.T + corrected_bias(given, weight, codes, scale, mean)
+        assert (got - target).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_means_are_those_of_the_inputs(isa: str) -> None:
+    model = randomize(XLMRobertaModel(make_config(num_hidden_layers=2)), 0.1).eval()
+    sequences = [random_ids(length).tolist() for length in (7, 1, 20, *[3] * 20)]
+    found, wanted = input_means(model, sequences), means_by_hooks(model, sequences)
+    for layer, means in zip(model.encoder.layer, found, strict=True):
+        for module, got in (
+            (layer.attention.self.value, means.hidden),
+            (layer.attention.output.dense, means.context),
+            (layer.intermediate.dense, means.attended),
+            (layer.output.dense, means.inner),
+        ):
+            assert (got - wanted[module]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("vocabulary", "positions"), [(300, 40), (5, 12), (3, 5)])
+def test_random_sequences(vocabulary: int, positions: int) -> None:
+    config = make_config(vocab_size=vocabulary, max_position_embeddings=positions)
+    sequences = random_sequences(config)
+    assert sequences == random_sequences(config)
+    assert len(sequences) == 32
+    assert {len(row) for row in sequences} == {min(32, positions - 2)}
+    ids = torch.tensor(sequences)
+    assert 0 <= ids.min() <= ids.max() < vocabulary
+    if vocabulary == 300:
+        assert (ids[:, 1:-1] > 2).all()  # none is special
+        assert 10 < ids[:, 1:-1].median() < 60  # the frequent ones, but not they alone
+        assert ids.max() > 250
+    frozen = XLMRobertaModel(config).optimize_for_inference("int8")
+    assert torch.isfinite(frozen(torch.tensor([[0, 2]])).last_hidden_state).all()
+
+
+BAD_CALIBRATION: list[tuple[str | None, Any, str]] = [
+    ("int8", [], "no tokens came"),
+    ("int8", [[]], "no tokens came"),
+    ("int8", [[0, 10**6, 2]], "1000000"),
+    ("int8", [[0] * 500], "position_ids holds 501"),
+    ("float32", [[0, 2]], "calibration is for dtype='int8', got dtype='float32'"),
+    (None, [[0, 2]], "calibration is for dtype='int8', got dtype=None"),
+]
+
+
+@pytest.mark.parametrize(("packed", "sequences", "message"), BAD_CALIBRATION)
+def test_bad_calibration(packed: Any, sequences: Any, message: str) -> None:
+    model = XLMRobertaModel(make_config()).eval()
+    with pytest.raises(ValueError, match=message):
+        model.optimize_for_inference(packed, sequences)
+    assert not model.is_frozen
+
+
+def test_calibration_comes_with_packing() -> None:
+    model = XLMRobertaModel(make_config()).optimize_for_inference("int8")
+    with pytest.raises(RuntimeError, match=r"^calibration: its encoder is packed"):
+        model.optimize_for_inference("int8", [[0, 2]])
 
 
 # --- Outlier channels -----------------------------------------------------------------------------

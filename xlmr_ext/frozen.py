@@ -8,7 +8,7 @@ pooler and the heads stay as they are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from xlmr_ext._launch_encoder import (
     pack_int8,
     pack_weight,
 )
+from xlmr_ext.calibration import LayerMeans, corrected_bias, input_means, random_sequences
 from xlmr_ext.layers import XLMRobertaEncoder, is_bare, is_fused
 from xlmr_ext.quantization import QuantizedEmbedding, quantize_rows
 
@@ -39,22 +40,31 @@ _LOAD_AGAIN = (
 )
 
 
-def freeze(base: Any, dtype: str | None) -> None:
+def freeze(
+    base: Any, dtype: str | None, calibration: Sequence[Sequence[int]] | None = None
+) -> None:
     """Packs the encoder of a model without head, and in int8 its word embeddings, in place.
 
     Args:
-        base: the model.
+        base: the model, in eval mode.
         dtype: one of FROZEN_DTYPES; None: as it is packed already, else float32.
+        calibration: sequences of ids over whose tokens int8 keeps the means of all products; None:
+            random ones.
 
     Raises:
         RuntimeError: it is packed already, in the other type.
-        ValueError: as :class:`FrozenEncoder` has it; nothing was changed.
+        ValueError: as :class:`FrozenEncoder` and :func:`input_means` have it, or ``calibration``
+            comes without int8; nothing was changed.
     """
     int8 = dtype == "int8"
+    if calibration is not None and not int8:
+        raise ValueError(f"calibration is for dtype='int8', got dtype={dtype!r}")
     encoder, embeddings = base.encoder, base.embeddings
     if isinstance(encoder, FrozenEncoder):
         if dtype is not None and int8 != encoder.is_int8:
             refuse(f"dtype={dtype!r}")
+        if calibration is not None:
+            refuse("calibration")
         return
     if not int8:
         base.encoder = FrozenEncoder.of(encoder)
@@ -66,7 +76,9 @@ def freeze(base: Any, dtype: str | None) -> None:
             "the word embeddings have a hook or were replaced; dtype='int8' takes a plain table"
         )
     words = QuantizedEmbedding.of(embeddings.word_embeddings)
-    base.encoder = FrozenEncoder.of(encoder, int8=True)
+    check_plain(encoder)
+    means = input_means(base, random_sequences(base.config) if calibration is None else calibration)
+    base.encoder = FrozenEncoder.of(encoder, means)
     embeddings.word_embeddings = words
 
 
@@ -88,17 +100,21 @@ class FrozenEncoder(nn.Module):
         self.eval()
 
     @classmethod
-    def of(cls, encoder: XLMRobertaEncoder, *, int8: bool = False) -> FrozenEncoder:
+    def of(
+        cls, encoder: XLMRobertaEncoder, int8_means: Sequence[LayerMeans] | None = None
+    ) -> FrozenEncoder:
         """Packs plain layers on the CPU, in float32 or float64, and takes them apart.
 
-        Each weight is released once it is packed, or, with ``int8``, at the end.
+        Each weight is released once it is packed, or, in 8 bits, at the end.
+
+        Args:
+            int8_means: makes 8-bit weights, with biases that keep the means of the products.
 
         Raises:
             ValueError: a layer has a hook, an adapter, a parametrization, or was replaced; layers
-                differ in more than their weights; or, with ``int8``, a weight is not finite.
+                differ in more than their weights; or, in 8 bits, a weight is not finite.
         """
-        for number, layer in enumerate(encoder.layer):
-            _check_plain(number, layer)
+        check_plain(encoder)
         num_heads, activation, eps = _common_settings(encoder)
         layers: Any = encoder.layer
         inner, hidden = layers[0].intermediate.dense.weight.shape
@@ -108,13 +124,13 @@ class FrozenEncoder(nn.Module):
             for name, parameter in encoder.named_parameters()
         ]
         packed = []
-        if int8:
-            for number, layer in enumerate(layers):
-                pack = _int8_packer(number)
-                packed.append(_packed_layer(layer, pack, last=number + 1 == len(layers)))
+        if int8_means is not None:
+            for number, (layer, means) in enumerate(zip(layers, int8_means, strict=True)):
+                last = number + 1 == len(layers)
+                packed.append(_packed_layer(layer, _int8_packer(number), last, means))
             del layers[:]
         while len(layers):
-            packed.append(_packed_layer(layers[0], pack_weight, last=len(layers) == 1))
+            packed.append(_packed_layer(layers[0], _pack_float, last=len(layers) == 1))
             del layers[0]
         made = cls(PackedEncoder(packed, hidden, inner, num_heads, activation), eps)
         made._sources = sources
@@ -218,17 +234,14 @@ def word_table(embeddings: XLMRobertaEmbeddings) -> tuple[Tensor, Tensor | None]
     return (words.weight.detach(), None) if embeddings.has_word_table() else None
 
 
-def _int8_packer(number: int) -> Callable[[Tensor], PackedWeight]:
-    return lambda weight: pack_int8(*quantize_rows(weight, f"encoder.layer.{number}"))
-
-
-def _check_plain(number: int, layer: Any) -> None:
-    if is_fused(layer):
-        return
-    raise ValueError(
-        f"encoder.layer.{number} has a hook, an adapter or a parametrization, or was replaced: "
-        "merge or remove it before optimize_for_inference()"
-    )
+def check_plain(encoder: XLMRobertaEncoder) -> None:
+    """ValueError where a layer does more than its parameters say."""
+    for number, layer in enumerate(encoder.layer):
+        if not is_fused(layer):  # type: ignore[arg-type]
+            raise ValueError(
+                f"encoder.layer.{number} has a hook, an adapter or a parametrization, or was "
+                "replaced: merge or remove it before optimize_for_inference()"
+            )
 
 
 def _common_settings(encoder: XLMRobertaEncoder) -> tuple[int, str, float]:
@@ -248,28 +261,69 @@ def _common_settings(encoder: XLMRobertaEncoder) -> tuple[int, str, float]:
     return settings
 
 
-def _packed_layer(layer: Any, pack: Callable[[Tensor], PackedWeight], last: bool) -> PackedLayer:
+# A weight [out, in], its bias [out] or None, and in 8 bits the mean of its input [in], to the first
+# two as they are kept.
+_Pack = Callable[[Tensor, "Tensor | None", "Tensor | None"], tuple[PackedWeight, "Tensor | None"]]
+
+
+def _pack_float(
+    weight: Tensor, bias: Tensor | None, _: Tensor | None
+) -> tuple[PackedWeight, Tensor | None]:
+    return pack_weight(weight), _vector(bias)
+
+
+def _int8_packer(number: int) -> _Pack:
+    def pack(weight: Tensor, bias: Tensor | None, mean: Any) -> tuple[PackedWeight, Tensor]:
+        codes, scale = quantize_rows(weight, f"encoder.layer.{number}")
+        return pack_int8(codes, scale), corrected_bias(bias, weight, codes, scale, mean)
+
+    return pack
+
+
+def _packed_layer(
+    layer: Any, pack: _Pack, last: bool, means: LayerMeans | None = None
+) -> PackedLayer:
     attention, output = layer.attention.self, layer.attention.output
     maps = (attention.query, attention.key, attention.value)
-    biases = [m.bias for m in maps if m.bias is not None]
+    hidden = None if means is None else means.hidden
     # The last layer's query apart, so that it can be asked for the first tokens alone.
-    joined = pack(_rows(m.weight for m in (maps[1:] if last else maps)))
+    parts = [_joined(part, pack, hidden) for part in ((maps[:1], maps[1:]) if last else (maps,))]
+    biases = [bias for _, bias in parts if bias is not None]
+    context, context_bias = pack(
+        output.dense.weight, output.dense.bias, None if means is None else means.context
+    )
+    up, up_bias = pack(
+        layer.intermediate.dense.weight,
+        layer.intermediate.dense.bias,
+        None if means is None else means.attended,
+    )
+    down, down_bias = pack(
+        layer.output.dense.weight, layer.output.dense.bias, None if means is None else means.inner
+    )
     return PackedLayer(
-        query_key_value=None if last else joined,
-        query=pack(attention.query.weight) if last else None,
-        key_value=joined if last else None,
-        query_key_value_bias=_rows(biases) if biases else None,
-        attention_output=pack(output.dense.weight),
-        attention_output_bias=_vector(output.dense.bias),
+        query_key_value=None if last else parts[0][0],
+        query=parts[0][0] if last else None,
+        key_value=parts[1][0] if last else None,
+        query_key_value_bias=torch.cat(biases) if biases else None,
+        attention_output=context,
+        attention_output_bias=context_bias,
         attention_norm_weight=_vector(output.LayerNorm.weight),
         attention_norm_bias=_vector(output.LayerNorm.bias),
-        up=pack(layer.intermediate.dense.weight),
-        up_bias=_vector(layer.intermediate.dense.bias),
-        down=pack(layer.output.dense.weight),
-        down_bias=_vector(layer.output.dense.bias),
+        up=up,
+        up_bias=up_bias,
+        down=down,
+        down_bias=down_bias,
         output_norm_weight=_vector(layer.output.LayerNorm.weight),
         output_norm_bias=_vector(layer.output.LayerNorm.bias),
     )
+
+
+def _joined(
+    maps: Sequence[Any], pack: _Pack, mean: Tensor | None
+) -> tuple[PackedWeight, Tensor | None]:
+    """Linear maps of one input as one."""
+    biases = [m.bias for m in maps if m.bias is not None]
+    return pack(_rows(m.weight for m in maps), _rows(biases) if biases else None, mean)
 
 
 def _rows(tensors: Iterable[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 //
 //   int8   q[out / 16][in / 4][16][4]   panels of 16 channels, 4 steps of k side by side
 //   float  scale[out]                   w = q * scale
-//   int32  sum[out]                     of q over k, for tables whose activations are q + 128
+//   int32  sum[out]                     of q over k: for the centre of a row of activations, and
+//                                       for tables whose activations are q + 128
 //
 // `out` is padded to 16 and `in` to 4 with zeros, and so every part is a multiple of 64 bytes.
 #pragma once

@@ -105,11 +105,16 @@ XLMR_INLINE Int8Kernel int8_kernel(int64_t rows) {
   }
 }
 
+// A row's values are centre + scale * q, with q in [-127, 127].
+struct RowScale {
+  float scale, centre;
+};
+
 // Quantised rows, and the workspace for up to `rows` rows of `k` values. An op's products run one
 // after the other, so all their spaces lie in the same place: an op takes them last.
 struct Int8Space {
   Dot::Activation* q;  // tile after tile, each of its rows in groups of k
-  float* scale;        // [rows]
+  RowScale* scale;     // [rows]
   int64_t row_values;  // k, padded to whole groups
   int64_t row_bytes;
   int64_t chunk_rows;
@@ -121,21 +126,36 @@ struct Int8Space {
                           max_of<int64_t>(kInt8ChunkBytes / max_of<int64_t>(row_bytes, 1), 64))) {
     const int64_t mark = space.mark();
     q = space.take<Dot::Activation>(chunk_rows, row_values);
-    scale = space.take<float>(chunk_rows);
+    scale = space.take<RowScale>(chunk_rows);
     space.rewind(mark);
   }
 };
 
-// max|x| below this has no reciprocal times 127; the row counts as zeros.
-constexpr float kSmallestRow = 0x1p-100f;
+// Half a range below this has no reciprocal times 127; the row counts as its centre throughout.
+constexpr float kSmallestRange = 0x1p-100f;
 
-// One row into `dst`, whose groups lie `stride` values apart; answers its scale.
-XLMR_INLINE float quantize_row(int64_t k, const float* x, Dot::Activation* dst, int64_t stride) {
+// Lanes past the end of a row repeat its last value: that changes neither extreme, and they meet
+// weights of zero.
+XLMR_INLINE Vec<float> load_repeating(const float* x, int64_t lanes) {
+  constexpr int64_t V = Vec<float>::size;
+  if (lanes >= V) return Vec<float>::load(x);
+  float filled[V];
+  for (int64_t i = 0; i < V; ++i) filled[i] = x[min_of(i, lanes - 1)];
+  return Vec<float>::load(filled);
+}
+
+// One row into `dst`, whose groups lie `stride` values apart.
+XLMR_INLINE RowScale quantize_row(int64_t k, const float* x, Dot::Activation* dst, int64_t stride) {
   constexpr int64_t V = Vec<float>::size, kChains = 4;
-  Vec<float> largest[kChains], strange[kChains];  // `strange` becomes NaN by NaN and by infinity
-  for (int u = 0; u < kChains; ++u) largest[u] = strange[u] = Vec<float>::zero();
+  // `strange` becomes NaN by NaN and by infinity.
+  Vec<float> high[kChains], low[kChains], strange[kChains];
+  for (int u = 0; u < kChains; ++u) {
+    high[u] = low[u] = Vec<float>(x[0]);
+    strange[u] = Vec<float>::zero();
+  }
   const auto look = [&](int u, Vec<float> v) {
-    largest[u] = max(abs(v), largest[u]);
+    high[u] = max(v, high[u]);
+    low[u] = min(v, low[u]);
     strange[u] = fma(v, Vec<float>::zero(), strange[u]);
   };
   int64_t j = 0;
@@ -143,19 +163,24 @@ XLMR_INLINE float quantize_row(int64_t k, const float* x, Dot::Activation* dst, 
 #pragma GCC unroll 4
     for (int u = 0; u < kChains; ++u) look(u, Vec<float>::load(x + j + u * V));
   }
-  for (; j < k; j += V) look(0, load_lanes(x + j, min_of(V, k - j)));
+  for (; j < k; j += V) look(0, load_repeating(x + j, k - j));
   const bool finite = reduce_add((strange[0] + strange[1]) + (strange[2] + strange[3])) == 0.0f;
-  const float most =
-      finite ? reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3]))) : 0.0f;
-  const bool zero = most < kSmallestRow;
-  const Vec<float> factor(zero ? 0.0f : 127.0f / most);
+  const Vec<float> top = max(max(high[0], high[1]), max(high[2], high[3]));
+  const Vec<float> bottom = min(min(low[0], low[1]), min(low[2], low[3]));
+  const float highest = finite ? reduce_max(top) : 0.0f;
+  const float lowest = finite ? -reduce_max(Vec<float>::zero() - bottom) : 0.0f;
+  // Halves first: the range of finite values need not be finite.
+  const float centre = 0.5f * highest + 0.5f * lowest, range = 0.5f * highest - 0.5f * lowest;
+  const bool flat = range < kSmallestRange;
+  const Vec<float> factor(flat ? 0.0f : 127.0f / range), middle(centre);
   const auto write = [&](int64_t at, Vec<float> v) {
-    quantize(zero ? Vec<float>::zero() : v, factor, dst + at / kGroup * stride + at % kGroup);
+    quantize(flat ? Vec<float>::zero() : v - middle, factor,
+             dst + at / kGroup * stride + at % kGroup);
   };
   int64_t at = 0;
   for (; at + V <= k; at += V) write(at, Vec<float>::load(x + at));
-  if (at < k) write(at, Vec<float>::load(x + at, k - at));
-  return !finite ? __builtin_nanf("") : zero ? 0.0f : most / 127.0f;
+  if (at < k) write(at, load_repeating(x + at, k - at));
+  return {!finite ? __builtin_nanf("") : flat ? 0.0f : range / 127.0f, centre};
 }
 
 // y = epilogue(x W^T). epilogue(vector, row, column, lanes) receives each finished vector and
@@ -210,14 +235,16 @@ void gemm_int8(const ExecContext& ctx, const Int8Space& space, int64_t rows, int
                                          : int8_kernel<Dot::kVectors>(size);
           kernel(w.steps, space.q + begin * space.row_values, w.at(column), w.panel_bytes(), ahead,
                  w.sum + column, sums);
-          const float* row_scale = space.scale + begin;
+          const RowScale* row = space.scale + begin;
           for (int64_t j = 0; j < valid; j += V) {
             const int64_t at = column + j, lanes = min_of(V, valid - j);
             const Vec<float> scale = Vec<float>::load(w.scale + at);
+            const Vec<float> sum = scale * to_float(w.sum + at);
             float* dst = y + (chunk + begin) * y_stride + at;
             for (int64_t i = 0; i < size; ++i, dst += y_stride) {
               const Vec<float> z =
-                  to_float(sums + i * width + j) * (Vec<float>(row_scale[i]) * scale);
+                  to_float(sums + i * width + j) * (Vec<float>(row[i].scale) * scale) +
+                  Vec<float>(row[i].centre) * sum;
               store_lanes(dst, epilogue(z, chunk + begin + i, at, lanes), lanes);
             }
           }

@@ -9,24 +9,32 @@ using xlmr::Activation;
 
 struct QuantizedRow {
   std::vector<int32_t> q;
-  float scale;
+  float scale, centre;
 };
 
 // As ops.h defines it, in its order of roundings.
 QuantizedRow quantize(const float* x, int64_t k) {
-  float most = 0;
+  float highest = x[0], lowest = x[0];
   bool finite = true;
   for (int64_t i = 0; i < k; ++i) {
     finite = finite && std::isfinite(x[i]);
-    most = std::fmax(most, std::fabs(x[i]));
+    highest = std::fmax(highest, x[i]);
+    lowest = std::fmin(lowest, x[i]);
   }
-  QuantizedRow row{std::vector<int32_t>(size_t(k), 0), 0.0f};
+  QuantizedRow row{std::vector<int32_t>(size_t(k), 0), 0.0f, 0.0f};
   if (!finite) {
     row.scale = std::numeric_limits<float>::quiet_NaN();
-  } else if (most >= 0x1p-100f) {
-    const float factor = 127.0f / most;
-    row.scale = most / 127.0f;
-    for (int64_t i = 0; i < k; ++i) row.q[size_t(i)] = int32_t(std::lrint(x[i] * factor));
+    return row;
+  }
+  row.centre = 0.5f * highest + 0.5f * lowest;
+  const float range = 0.5f * highest - 0.5f * lowest;
+  if (range < 0x1p-100f) return row;
+  const float factor = 127.0f / range;
+  row.scale = range / 127.0f;
+  for (int64_t i = 0; i < k; ++i) {
+    const float off = x[i] - row.centre;
+    row.q[size_t(i)] = int32_t(std::lrint(off * factor));
+    CHECK(std::abs(row.q[size_t(i)]) <= 127, "%d is no 8-bit step", row.q[size_t(i)]);
   }
   return row;
 }
@@ -38,6 +46,12 @@ int64_t dot(const QuantizedRow& row, const Int8Values& w, int64_t channel) {
   return sum;
 }
 
+float sum_of(const Int8Values& w, int64_t channel) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < w.in; ++k) sum += w.q[size_t(channel * w.in + k)];
+  return float(sum);
+}
+
 // x [rows, in] W^T + bias + addend; the last two may be empty.
 std::vector<float> product(const std::vector<float>& x, const Int8Values& w,
                            const std::vector<float>& bias, const std::vector<float>& addend) {
@@ -46,8 +60,10 @@ std::vector<float> product(const std::vector<float>& x, const Int8Values& w,
   for (int64_t row = 0; row < rows; ++row) {
     const QuantizedRow quantized_row = quantize(x.data() + row * w.in, w.in);
     for (int64_t o = 0; o < w.out; ++o) {
-      float v =
-          float(int32_t(dot(quantized_row, w, o))) * (quantized_row.scale * w.scale[size_t(o)]);
+      const float scale = w.scale[size_t(o)], sum = scale * sum_of(w, o);
+      const float moving = float(int32_t(dot(quantized_row, w, o))) * (quantized_row.scale * scale);
+      const float still = quantized_row.centre * sum;
+      float v = moving + still;
       if (!bias.empty()) v = v + bias[size_t(o)];
       if (!addend.empty()) v = v + addend[size_t(row * w.out + o)];
       y.push_back(v);
@@ -98,13 +114,16 @@ Linear make_linear(Random& random, int64_t rows, int64_t in, int64_t out) {
     p.w.scale.push_back(kind == 0 ? 0.0f : float(0.001 + random.uniform()));
   }
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t kind = random.between(0, 9);
+    const int64_t kind = random.between(0, 11);
     for (int64_t k = 0; k < in; ++k) {
       const double value = kind == 0   ? 0.0
                            : kind == 1 ? (random.chance(0.5) ? 3.0 : -3.0)
                            : kind == 2 ? -2.5
                            : kind == 3 ? random.normal() * 1e-41
                            : kind == 4 ? random.normal() * 1e30
+                           : kind == 5 ? 50 + random.normal()
+                           : kind == 6 ? -random.uniform()
+                           : kind == 7 ? (random.chance(0.5) ? 3.4e38 : -3.4e38)
                                        : random.normal();
       p.x.push_back(float(value));
     }
@@ -282,29 +301,39 @@ std::vector<Num<double>> second_product(const FeedForward& p,
   const int64_t inner = p.down.in;
   for (int64_t row = 0; row < p.rows; ++row) {
     const Num<double>* h = hidden.data() + row * inner;
-    double most = 0, error = 0;
+    double highest = h[0].v, lowest = h[0].v, error = 0;
     for (int64_t k = 0; k < inner; ++k) {
-      if (std::fabs(h[k].v) > most) most = std::fabs(h[k].v);
+      highest = std::fmax(highest, h[k].v);
+      lowest = std::fmin(lowest, h[k].v);
       error = std::fmax(error, h[k].e * unit);
     }
-    const double scale = most / 127, relative = error / most + 3 * unit;
-    QuantizedRow quantized_row{{}, 0};
-    std::vector<bool> open;
+    const double centre = highest / 2 + lowest / 2, range = highest / 2 - lowest / 2;
+    const double scale = range / 127;
+    // Of the centre and of half the range, from their extremes and from three roundings.
+    const double shift = error + 3 * unit * std::fmax(std::fabs(highest), std::fabs(lowest));
+    const double relative = range > 0 ? shift / range + 3 * unit : 0;
+    QuantizedRow quantized_row{{}, 0, 0};
+    std::vector<double> steps;  // by which a value may be off
     for (int64_t k = 0; k < inner; ++k) {
-      const double value = h[k].v / scale;
-      const double off = h[k].e * unit / scale + std::fabs(value) * 2 * relative;
+      const double value = range > 0 ? (h[k].v - centre) / scale : 0;
+      const double off =
+          range > 0 ? (h[k].e * unit + shift) / scale + std::fabs(value) * 2 * relative : 0;
       quantized_row.q.push_back(int32_t(std::lrint(value)));
-      open.push_back(0.5 - std::fabs(value - std::rint(value)) < off);
+      steps.push_back(std::ceil(off - (0.5 - std::fabs(value - std::rint(value)))));
     }
     for (int64_t o = 0; o < p.down.out; ++o) {
       double slack = 0;
       for (int64_t k = 0; k < inner; ++k) {
-        if (open[size_t(k)]) slack += std::abs(int(p.down.q[size_t(o * inner + k)]));
+        slack += std::fmax(steps[size_t(k)], 0) * std::abs(int(p.down.q[size_t(o * inner + k)]));
       }
-      const double factor = scale * double(p.down.scale[size_t(o)]);
-      const double value = double(dot(quantized_row, p.down, o)) * factor;
-      Num<double> sum{value,
-                      (slack * factor + std::fabs(value) * relative) / unit + 4 * std::fabs(value)};
+      const double channel = double(p.down.scale[size_t(o)]), factor = scale * channel;
+      const double moving = double(dot(quantized_row, p.down, o)) * factor;
+      const double total = double(sum_of(p.down, o)) * channel, still = centre * total;
+      const double size = std::fabs(moving) + std::fabs(still);
+      Num<double> sum{
+          moving + still,
+          (slack * factor + std::fabs(moving) * relative + shift * std::fabs(total)) / unit +
+              5 * size};
       if (!p.down_bias.empty()) sum = sum + exact(double(p.down_bias[size_t(o)]));
       if (!p.addend.empty()) sum = sum + exact(double(p.addend[size_t(row * p.down.out + o)]));
       y.push_back(sum);
