@@ -48,7 +48,8 @@ def freeze(base: Any, dtype: str | None) -> None:
 
     Raises:
         RuntimeError: it is packed already, in the other type.
-        ValueError: as :class:`FrozenEncoder` has it; nothing was changed.
+        ValueError: as :class:`FrozenEncoder` has it, or the model is not on the CPU; nothing was
+            changed.
     """
     int8 = dtype == "int8"
     encoder, embeddings = base.encoder, base.embeddings
@@ -56,6 +57,11 @@ def freeze(base: Any, dtype: str | None) -> None:
         if dtype is not None and int8 != encoder.is_int8:
             refuse(f"dtype={dtype!r}")
         return
+    if base.device.type != "cpu":
+        raise ValueError(
+            f"the model is on {base.device}, and optimize_for_inference() packs it for the CPU: "
+            "use it as it is, or move it first"
+        )
     if not int8:
         base.encoder = FrozenEncoder.of(encoder)
         return
@@ -148,6 +154,9 @@ class FrozenEncoder(nn.Module):
                 a gradient is asked of them.
         """
         self.check_sources()
+        device = embeddings.positions.device
+        if device.type != "cpu":
+            raise ValueError(f"the model is on {device}: {_LOAD_AGAIN} to run it there")
         given = batch.inputs_embeds
         words = None if given is not None else word_table(embeddings)
         if not is_fused(embeddings) or (given is None and words is None):
