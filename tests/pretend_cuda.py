@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda:0")
 _KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _aten = torch.ops.aten
 # What takes tensors of two devices on a GPU too.
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
@@ -96,6 +97,10 @@ class PretendCuda(TorchDispatchMode):
             # The kernel that is registered for CUDA; what it calls comes here again.
             with self:
                 return func.redispatch(_KEY, *args, **kwargs)
+        if func.has_kernel_for_dispatch_key(_COMPOSITE):
+            # In inference mode these come whole.
+            with self:
+                return func.decompose(*args, **kwargs)
         others = [t for t in tensors if not isinstance(t, PretendTensor) and t.dim() > 0]
         if pretending and others and func not in _COPIES:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device")

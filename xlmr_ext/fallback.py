@@ -96,8 +96,10 @@ def _generator(device: torch.device, site: int, seed: Tensor) -> torch.Generator
 
 
 def _mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """Of inverted dropout: 0 or 1 / (1 - p)."""
-    return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+    """Of inverted dropout, 0 or 1 / (1 - p), in the type of sums."""
+    # Contiguous whatever ``like`` is: numbers are drawn in the order of memory.
+    mask = torch.empty(like.shape, dtype=statistics_dtype(like.dtype), device=like.device)
+    return mask.bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
 
 
 def _row_mask(op: str, rows: Tensor, p: float, site: int, seed: Tensor | None) -> Tensor | None:
@@ -105,8 +107,7 @@ def _row_mask(op: str, rows: Tensor, p: float, site: int, seed: Tensor | None) -
     p, site, seed = check_dropout(op, p, site, seed)
     if seed is None:
         return None
-    like = torch.empty_like(rows, dtype=statistics_dtype(rows.dtype))
-    return _mask(like, p, _generator(rows.device, site, seed))
+    return _mask(rows, p, _generator(rows.device, site, seed))
 
 
 # --- The ops, in the order of ops.py -------------------------------------------------------------
@@ -492,11 +493,13 @@ def _normalise_backward(
     grad: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, need_params: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dtotal, dweight, dbias, in the types of ``weight``."""
-    wide = _wide(weight)
+    # Contiguous: the operator takes the strides of its statistics for granted.
+    grad, total, mean, rstd, wide = (
+        t.contiguous() for t in (grad, total, mean[:, None], rstd[:, None], _wide(weight))
+    )
     dtotal, dweight, dbias = aten.native_layer_norm_backward(
-        grad, total, [total.shape[1]], mean[:, None], rstd[:, None], wide, wide,
-        [True, need_params, need_params],
-    )  # fmt: skip
+        grad, total, [total.shape[1]], mean, rstd, wide, wide, [True, need_params, need_params]
+    )
     if not need_params:
         dweight = dbias = weight.new_empty(0)
     return dtotal, dweight.to(weight.dtype), dbias.to(weight.dtype)

@@ -416,7 +416,8 @@ def pipeline(
         tokenizer: the same; None takes what belongs to the model.
         config, revision, token, cache_dir, local_files_only, dtype, torch_dtype, device_map,
             model_kwargs: of ``from_pretrained``.
-        device: where the model is put; -1 is the CPU.
+        device: where the model is put; -1 is the CPU. A checkpoint is packed for inference there
+            alone (``optimize_for_inference``).
         **options: of the task, see its class, for all calls; and ``batch_size``.
 
     Raises:

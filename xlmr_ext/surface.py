@@ -100,8 +100,8 @@ class ModelSurface(nn.Module):
 
         Raises:
             RuntimeError: the encoder is packed already, in the other type.
-            ValueError: a layer has a hook, an adapter or a parametrization, or was replaced; for
-                int8 also a model that is not float32, or weights that are not finite. The model is
+            ValueError: the model is not on the CPU; a layer has a hook, an adapter or a
+                parametrization, or was replaced; for int8 also a model that is not float32, or weights that are not finite. The model is
                 as it was.
         """
         if dtype is not None and dtype not in FROZEN_DTYPES:
