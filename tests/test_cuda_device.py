@@ -65,6 +65,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
+@pytest.fixture
+def autocast() -> Iterator[torch.dtype]:
+    """As torch.autocast("cuda") sets it, which wants a device."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield torch.bfloat16
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", torch.float16)
+
+
 def tiny(kind: Any = XLMRobertaForSequenceClassification, **more: Any) -> Any:
     settings: dict[str, Any] = {
         "vocab_size": 61,
@@ -114,6 +124,22 @@ def test_ops_of_cuda_tensors_are_the_fallback(cuda: PretendCuda) -> None:
             assert got.device == CUDA
             assert_same_bits(got.to("cpu"), expected, call.op)
     assert cuda.used == set(OP_NAMES)
+
+
+def test_autocast_does_not_reach_into_an_op(
+    autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fallback, "_say_once", lambda: None)
+    seen = fallback.on_cuda(lambda: torch.is_autocast_enabled("cuda"))()
+    assert (seen, torch.is_autocast_enabled("cuda")) == (False, True)
+
+
+def test_an_op_has_no_gradient_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback, "_say_once", lambda: None)
+    for call in op_calls(torch.float32):
+        leaves = call.mapped(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
+        found = fallback.on_cuda(getattr(fallback, call.op))(*leaves.args)
+        assert not any(t.requires_grad for t in results(found)), call.op
 
 
 def _some_tensor(call: OpCall) -> Tensor:
@@ -208,16 +234,6 @@ def test_half_precision(cuda: PretendCuda, kind: torch.dtype) -> None:
 
 def padded_again(moved: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.to("cpu") for name, t in moved.items()}
-
-
-@pytest.fixture
-def autocast() -> Iterator[torch.dtype]:
-    """As torch.autocast("cuda") sets it, which wants a device."""
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    yield torch.bfloat16
-    torch.set_autocast_enabled("cuda", False)
-    torch.set_autocast_dtype("cuda", torch.float16)
 
 
 def test_autocast_on_cuda(cuda: PretendCuda, autocast: torch.dtype) -> None:

@@ -215,7 +215,7 @@ def test_tokens_do_not_reach_other_sequences(save: bool) -> None:
 
 def test_attention_is_linear_in_the_tokens() -> None:
     """A long text beside many short ones costs no square of the batch."""
-    lengths = [1] * 2000 + [1000]
+    lengths = [1] * 60 + [400]
     rows = sum(lengths)
     query = torch.randn(rows, 4)
     largest = 0
@@ -229,10 +229,10 @@ def test_attention_is_linear_in_the_tokens() -> None:
             return out
 
     with pytest.MonkeyPatch.context() as patch, Watch():
-        patch.setattr(fallback, "_SCORES", 1 << 20)
-        shape = (cumulative(lengths), 1000, 1, 1.0, 0.0, 0, None, False, True)
+        patch.setattr(fallback, "_SCORES", 1 << 16)
+        shape = (cumulative(lengths), 400, 1, 1.0, 0.0, 0, None, False, True)
         fallback.attention_forward(query, query, query, *shape)
-    assert largest <= 1 << 20
+    assert largest <= 1 << 16
 
 
 # --- Dropout -------------------------------------------------------------------------------------
