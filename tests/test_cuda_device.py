@@ -30,6 +30,7 @@ from xlmr_ext import (
     autograd,
     build_info,
     fallback,
+    fallback_dropout,
     pipeline,
 )
 from xlmr_ext.cli import main
@@ -55,8 +56,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
         return make(*args, **options).to(device)
 
     monkeypatch.setattr(torch, "tensor", tensor)
-    real = fallback._generator
-    monkeypatch.setattr(fallback, "_generator", lambda _, *how: real(torch.device("cpu"), *how))
+    real = fallback_dropout.generator
+    on_cpu = torch.device("cpu")
+    monkeypatch.setattr(fallback_dropout, "generator", lambda _, *how: real(on_cpu, *how))
     monkeypatch.setattr(fallback, "_say_once", lambda: None)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -23,6 +23,8 @@ from xlmr_ext import (
     XLMRobertaForSequenceClassification,
     autograd,
     fallback,
+    fallback_attention,
+    fallback_dropout,
     ops,
     reference,
 )
@@ -46,7 +48,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[1 << 25, 3000, 10], ids=lambda n: f"{n} scores")
 def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Scores that are held at once: all, some sequences, a query of a sequence."""
-    monkeypatch.setattr(fallback, "_SCORES", request.param)
+    monkeypatch.setattr(fallback_attention, "_SCORES", request.param)
     number: int = request.param
     return number
 
@@ -229,7 +231,7 @@ def test_attention_is_linear_in_the_tokens() -> None:
             return out
 
     with pytest.MonkeyPatch.context() as patch, Watch():
-        patch.setattr(fallback, "_SCORES", 1 << 16)
+        patch.setattr(fallback_attention, "_SCORES", 1 << 16)
         shape = (cumulative(lengths), 400, 1, 1.0, 0.0, 0, None, False, True)
         fallback.attention_forward(query, query, query, *shape)
     assert largest <= 1 << 16
@@ -244,7 +246,9 @@ def row_masks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
 
     def mask(p: float, site: int, seed: Any, heads: int, rows: int, columns: int) -> Tensor:
         assert heads == 1
-        found = fallback._row_mask("", torch.empty(rows, columns, dtype=dtype), p, site, seed)
+        found = fallback_dropout.row_mask(
+            "", torch.empty(rows, columns, dtype=dtype), p, site, seed
+        )
         if found is None:
             return torch.ones(1, rows, columns, dtype=torch.float64)
         return (found != 0).double()[None] / (1.0 - p)
@@ -313,7 +317,7 @@ def test_masks_follow_from_seed_and_site() -> None:
     rows = torch.empty(300, 100)
 
     def mask(p: float, site: int, seed: int) -> Tensor:
-        found = fallback._row_mask("", rows, p, site, torch.tensor([seed]))
+        found = fallback_dropout.row_mask("", rows, p, site, torch.tensor([seed]))
         assert found is not None
         return found
 

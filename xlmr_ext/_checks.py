@@ -60,6 +60,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+def wide(t: Tensor) -> Tensor:
+    """In the type of sums."""
+    return t.to(statistics_dtype(t.dtype))
+
+
 def check_tensor(
     op: str,
     name: str,
