@@ -34,17 +34,17 @@ except ImportError as error:
         f"(CONTRIBUTING.md)"
     ) from error
 from xlmr_ext._checks import (
-    FEED_FORWARD_ACTIVATIONS,
-    LINEAR_ACTIVATIONS,
-    MAX_HEAD_SIZE,
+    ACTIVATIONS,
+    AttentionInputs,
+    EmbeddingInputs,
     as_rows,
-    check_activation,
-    check_cu_seqlens,
     check_dropout,
-    check_indices,
-    check_positive,
-    check_rank2,
-    check_tensor,
+    check_feed_forward,
+    check_feed_forward_backward,
+    check_layer_norm,
+    check_layer_norm_backward,
+    check_linear,
+    check_linear_backward,
     dtype_code,
 )
 from xlmr_ext.threads import CallThreads
@@ -128,25 +128,11 @@ def linear_forward(
     activation: str,
 ) -> Tensor:
     op = "linear"
-    rows, in_features = check_rank2(op, "x", x)
     code = dtype_code(op, "x", x)
+    rows, in_features, out_features = check_linear(op, x, weights, biases, addend, activation)
+    act = ACTIVATIONS[activation]
     parts = len(weights)
-    if not 1 <= parts <= 3:
-        raise ValueError(f"{op}: {parts} weights came; expected 1 to 3")
-    if biases and len(biases) != parts:
-        raise ValueError(f"{op}: {len(biases)} biases came for {parts} weights")
-    act = check_activation(op, activation, LINEAR_ACTIVATIONS)
-    if parts > 1 and (addend is not None or activation != "none"):
-        raise ValueError(f"{op}: an addend or an activation needs one weight, {parts} came")
-    out_features = check_rank2(op, "weight", weights[0])[0]
-    check_positive(op, in_features=in_features, out_features=out_features)
-    for p, weight in enumerate(weights):
-        check_tensor(op, f"weight {p}", weight, (out_features, in_features), x.dtype)
-    for p, bias in enumerate(biases):
-        check_tensor(op, f"bias {p}", bias, (out_features,), x.dtype)
-    if addend is not None:
-        check_tensor(op, "addend", addend, (rows, out_features), x.dtype)
-        addend = as_rows(addend)
+    addend = None if addend is None else as_rows(addend)
     x = as_rows(x)
     weights = [w.contiguous() for w in weights]
     biases = [b.contiguous() for b in biases]
@@ -172,57 +158,29 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "linear backward"
     parts = len(grad_ys)
-    if not 1 <= parts <= 3 or (need_x and len(weights) != parts):
-        raise ValueError(f"{op}: {parts} gradients came for {len(weights)} weights")
-    rows, out_features = check_rank2(op, "grad_y", grad_ys[0])
-    first = grad_ys[0]
+    sizes = check_linear_backward(op, grad_ys, x, weights, y, activation, need_x, need_weight)
+    rows, in_features, out_features = sizes
+    first, act = grad_ys[0], ACTIVATIONS[activation]
     code = dtype_code(op, "grad_y", first)
-    act = check_activation(op, activation, LINEAR_ACTIVATIONS)
-    if x is None and not weights:
-        raise ValueError(f"{op}: neither x nor weights came")
-    in_features = (
-        check_rank2(op, "x", x)[1] if x is not None else check_rank2(op, "weight", weights[0])[1]
-    )
-    check_positive(op, in_features=in_features, out_features=out_features)
-    for p, grad in enumerate(grad_ys):
-        check_tensor(op, f"grad_y {p}", grad, (rows, out_features), first.dtype)
-    if need_weight and x is None:
-        raise ValueError(f"{op}: the weight's gradient needs x, which is None")
-    if x is not None:
-        check_tensor(op, "x", x, (rows, in_features), first.dtype)
-        x = as_rows(x)
-    for p, weight in enumerate(weights):
-        check_tensor(op, f"weight {p}", weight, (out_features, in_features), first.dtype)
+    x = None if x is None else as_rows(x)
     weights = [w.contiguous() for w in weights]
     grads = _same_stride(grad_ys)
     empty = first.new_empty(0)
-    dz = empty
-    if activation == "tanh":
-        if y is None or parts != 1:
-            raise ValueError(f"{op}: tanh needs one gradient and the forward's y")
-        check_tensor(op, "y", y, (rows, out_features), first.dtype)
-        y = y.contiguous()
-        dz = first.new_empty((rows, out_features))
+    y = y.contiguous() if activation == "tanh" and y is not None else None
+    dz = empty if y is None else first.new_empty((rows, out_features))
     dx = first.new_empty((rows, in_features)) if need_x else empty
     dweight = first.new_empty((parts, out_features, in_features)) if need_weight else empty
     dbias = first.new_empty((parts, out_features)) if need_bias else empty
     _call(
         _C.linear_backward, code, act, rows, in_features, out_features,
         [_ptr(g) for g in grads], _stride(grads[0]), _ptr(x), _stride(x),
-        [_ptr(w) for w in weights], _ptr(y) if activation == "tanh" else 0,
+        [_ptr(w) for w in weights], _ptr(y),
         _ptr(dx) if need_x else 0,
         [_ptr(w) for w in dweight] if need_weight else [],
         [_ptr(b) for b in dbias] if need_bias else [],
-        _ptr(dz) if activation == "tanh" else 0,
+        0 if y is None else _ptr(dz),
     )  # fmt: skip
     return dx, dweight, dbias, dz
-
-
-def _feed_forward_sizes(op: str, x: Tensor, up_weight: Tensor) -> tuple[int, int, int]:
-    rows, hidden = check_rank2(op, "x", x)
-    inner = check_rank2(op, "up_weight", up_weight)[0]
-    check_positive(op, hidden=hidden, inner=inner)
-    return rows, hidden, inner
 
 
 def feed_forward_forward(
@@ -237,23 +195,15 @@ def feed_forward_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     op = "feed_forward"
-    rows, hidden, inner = _feed_forward_sizes(op, x, up_weight)
     code = dtype_code(op, "x", x)
-    act = check_activation(op, activation, FEED_FORWARD_ACTIVATIONS)
-    check_tensor(op, "up_weight", up_weight, (inner, hidden), x.dtype)
-    check_tensor(op, "down_weight", down_weight, (hidden, inner), x.dtype)
-    if up_bias is not None:
-        check_tensor(op, "up_bias", up_bias, (inner,), x.dtype)
-        up_bias = up_bias.contiguous()
-    if down_bias is not None:
-        check_tensor(op, "down_bias", down_bias, (hidden,), x.dtype)
-        down_bias = down_bias.contiguous()
-    if hidden_addend is not None:
-        check_tensor(op, "hidden_addend", hidden_addend, (rows, inner), x.dtype)
-        hidden_addend = as_rows(hidden_addend)
-    if addend is not None:
-        check_tensor(op, "addend", addend, (rows, hidden), x.dtype)
-        addend = as_rows(addend)
+    rows, hidden, inner = check_feed_forward(
+        op, x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, activation
+    )
+    act = ACTIVATIONS[activation]
+    up_bias = None if up_bias is None else up_bias.contiguous()
+    down_bias = None if down_bias is None else down_bias.contiguous()
+    hidden_addend = None if hidden_addend is None else as_rows(hidden_addend)
+    addend = None if addend is None else as_rows(addend)
     x = as_rows(x)
     up_weight, down_weight = up_weight.contiguous(), down_weight.contiguous()
     y = x.new_empty((rows, hidden))
@@ -282,13 +232,11 @@ def feed_forward_backward(
     need_hidden_addend: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "feed_forward backward"
-    rows, hidden, inner = _feed_forward_sizes(op, x, up_weight)
     code = dtype_code(op, "x", x)
-    act = check_activation(op, activation, FEED_FORWARD_ACTIVATIONS)
-    check_tensor(op, "grad_y", grad_y, (rows, hidden), x.dtype)
-    check_tensor(op, "up_weight", up_weight, (inner, hidden), x.dtype)
-    check_tensor(op, "down_weight", down_weight, (hidden, inner), x.dtype)
-    check_tensor(op, "pre", pre, (rows, inner), x.dtype)
+    rows, hidden, inner = check_feed_forward_backward(
+        op, grad_y, x, up_weight, down_weight, pre, activation
+    )
+    act = ACTIVATIONS[activation]
     grad_y, x, pre = as_rows(grad_y), as_rows(x), pre.contiguous()
     up_weight, down_weight = up_weight.contiguous(), down_weight.contiguous()
     dx = x.new_empty((rows, hidden) if need_x else 0)
@@ -310,8 +258,8 @@ def feed_forward_backward(
     return dx, dup_weight, dup_bias, ddown_weight, ddown_bias, dpre
 
 
-class _AttentionInputs:
-    """The checked inputs that the attention's two directions share, as `_C` takes them."""
+class _AttentionInputs(AttentionInputs):
+    """The inputs as `_C` takes them."""
 
     def __init__(
         self,
@@ -326,36 +274,17 @@ class _AttentionInputs:
         dropout: tuple[float, int, Tensor | None],
         first_only: bool,
     ) -> None:
-        self.query_rows, self.width = check_rank2(op, "query", query)
-        check_positive(op, num_heads=num_heads, width=self.width)
-        if self.width % num_heads:
-            raise ValueError(
-                f"{op}: query is {self.width} wide, not a multiple of {num_heads} heads"
-            )
-        head_size = self.width // num_heads
-        if head_size > MAX_HEAD_SIZE:
-            raise ValueError(
-                f"{op}: a head has {head_size} features; expected at most {MAX_HEAD_SIZE}"
-            )
         self.code = dtype_code(op, "query", query)
-        self.key_rows = check_rank2(op, "key", key)[0] if first_only else self.query_rows
-        check_tensor(op, "key", key, (self.key_rows, self.width), query.dtype)
-        check_tensor(op, "value", value, (self.key_rows, self.width), query.dtype)
-        # Kept alive until the call is over.
-        self.cu_seqlens = check_cu_seqlens(op, cu_seqlens, self.key_rows, max_seqlen)
-        batch = self.cu_seqlens.numel() - 1
-        if first_only and self.query_rows != batch:
-            raise ValueError(
-                f"{op}: query has {self.query_rows} rows; expected {batch}, one a sequence, as "
-                f"first_only asks for"
-            )
+        super().__init__(op, query, key, value, cu_seqlens, max_seqlen, num_heads, first_only)
         self.dropout = _dropout(op, *dropout)
-        self.sizes = (batch, self.key_rows, num_heads, head_size, max_seqlen)
-        self.scale, self.first_only = scale, first_only
+        self.scale = scale
         self.query, self.key, self.value = as_rows(query), as_rows(key), as_rows(value)
 
     def native(self) -> tuple[Any, ...]:
-        return self.code, *self.sizes, _ptr(self.cu_seqlens), self.scale, *self.dropout
+        return (
+            self.code, self.batch, self.key_rows, self.num_heads, self.head_size,
+            self.max_seqlen, _ptr(self.cu_seqlens), self.scale, *self.dropout,
+        )  # fmt: skip
 
     def native_tensors(self) -> tuple[int, ...]:
         return (
@@ -376,16 +305,17 @@ def attention_forward(
     site: int,
     seed: Tensor | None,
     first_only: bool = False,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor]:
     inputs = _AttentionInputs(
         "attention", query, key, value, cu_seqlens, max_seqlen, num_heads, scale,
         (dropout_p, site, seed), first_only,
     )  # fmt: skip
     out = query.new_empty((inputs.query_rows, inputs.width))
-    lse = query.new_empty((num_heads, inputs.query_rows))
+    lse = query.new_empty((num_heads, inputs.query_rows) if save else 0)
     _call(
         _C.attention_forward, *inputs.native(), first_only, *inputs.native_tensors(), _ptr(out),
-        _stride(out), _ptr(lse),
+        _stride(out), _ptr(lse) if save else 0,
     )  # fmt: skip
     return out, lse
 
@@ -412,9 +342,7 @@ def attention_backward(
         first_only,
     )  # fmt: skip
     rows, width = inputs.query_rows, inputs.width
-    check_tensor(op, "grad_out", grad_out, (rows, width), query.dtype)
-    check_tensor(op, "out", out, (rows, width), query.dtype)
-    check_tensor(op, "lse", lse, (num_heads, rows), query.dtype)
+    inputs.check_backward(grad_out, out, lse)
     grad_out, out, lse = as_rows(grad_out), as_rows(out), lse.contiguous()
     dquery = query.new_empty((rows, width))
     dkey, dvalue = (query.new_empty((inputs.key_rows, width)) for _ in range(2))
@@ -438,15 +366,10 @@ def layer_norm_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "residual_layer_norm"
-    rows, hidden = check_rank2(op, "x", x)
     code = dtype_code(op, "x", x)
-    check_positive(op, hidden=hidden)
-    check_tensor(op, "weight", weight, (hidden,), x.dtype)
-    check_tensor(op, "bias", bias, (hidden,), x.dtype)
+    rows, hidden = check_layer_norm(op, x, residual, weight, bias)
     dropout = _dropout(op, dropout_p, site, seed)
-    if residual is not None:
-        check_tensor(op, "residual", residual, (rows, hidden), x.dtype)
-        residual = as_rows(residual)
+    residual = None if residual is None else as_rows(residual)
     x = as_rows(x)
     weight, bias = weight.contiguous(), bias.contiguous()
     keep_sum = save and (residual is not None or dropout_p > 0.0)
@@ -474,13 +397,8 @@ def layer_norm_backward(
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "residual_layer_norm backward"
-    rows, hidden = check_rank2(op, "grad_y", grad_y)
     code = dtype_code(op, "grad_y", grad_y)
-    check_positive(op, hidden=hidden)
-    check_tensor(op, "sum", total, (rows, hidden), grad_y.dtype)
-    check_tensor(op, "mean", mean, (rows,), grad_y.dtype)
-    check_tensor(op, "rstd", rstd, (rows,), grad_y.dtype)
-    check_tensor(op, "weight", weight, (hidden,), grad_y.dtype)
+    rows, hidden = check_layer_norm_backward(op, grad_y, total, mean, rstd, weight)
     dropout = _dropout(op, dropout_p, site, seed)
     grad_y, total = as_rows(grad_y), as_rows(total)
     mean, rstd, weight = mean.contiguous(), rstd.contiguous(), weight.contiguous()
@@ -497,68 +415,13 @@ def layer_norm_backward(
     return dsum, dx, dweight, dbias
 
 
-class _EmbeddingInputs:
-    """The checked inputs that the embedding's two directions share, as `_C` takes them."""
-
-    def __init__(
-        self,
-        op: str,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        position_ids: Tensor,
-        token_type_ids: Tensor | None,
-        word: Tensor | None,
-        position: Tensor,
-        token_type: Tensor,
-        weight: Tensor,
-        word_scale: Tensor | None = None,
-    ) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"{op}: give either input_ids or inputs_embeds")
-        positions, self.hidden = check_rank2(op, "position", position)
-        self.code = dtype_code(op, "position", position)
-        self.dtype = position.dtype
-        check_positive(op, hidden=self.hidden)
-        types = check_rank2(op, "token_type", token_type)[0]
-        check_tensor(op, "token_type", token_type, (types, self.hidden), self.dtype)
-        check_tensor(op, "weight", weight, (self.hidden,), self.dtype)
-        if not isinstance(position_ids, Tensor) or position_ids.dim() != 1:
-            came = list(position_ids.shape) if isinstance(position_ids, Tensor) else position_ids
-            raise ValueError(f"{op}: position_ids has shape {came}; expected one dimension")
-        self.rows = position_ids.shape[0]
-        # Kept alive until the call is over.
-        self.position_ids = check_indices(op, "position_ids", position_ids, self.rows, positions)
-        self.token_type_ids = None
-        if token_type_ids is not None:
-            self.token_type_ids = check_indices(
-                op, "token_type_ids", token_type_ids, self.rows, types
-            )
-        elif types < 1:
-            raise ValueError(f"{op}: token_type has no rows; expected at least 1")
-        self.input_ids = self.inputs_embeds = self.word = self.word_scale = None
-        if word is not None:
-            words = check_rank2(op, "word", word)[0]
-            word_dtype = self.dtype
-            if word_scale is not None:
-                check_tensor(op, "word_scale", word_scale, (words,), torch.float32)
-                self.word_scale, word_dtype = word_scale.contiguous(), torch.int8
-            check_tensor(op, "word", word, (words, self.hidden), word_dtype)
-            self.word = word.contiguous()
-        if input_ids is not None:
-            if self.word is None:
-                raise ValueError(f"{op}: input_ids need word, which is None")
-            self.input_ids = check_indices(
-                op, "input_ids", input_ids, self.rows, self.word.shape[0]
-            )
-        if inputs_embeds is not None:
-            check_tensor(op, "inputs_embeds", inputs_embeds, (self.rows, self.hidden), self.dtype)
-            self.inputs_embeds = as_rows(inputs_embeds)
-        self.position, self.token_type = position.contiguous(), token_type.contiguous()
-        self.weight = weight.contiguous()
+class _EmbeddingInputs(EmbeddingInputs):
+    """The inputs as `_C` takes them."""
 
     def native(self, dropout: tuple[float, int, int]) -> tuple[Any, ...]:
+        code = dtype_code(self.op, "position", self.position)
         return (
-            self.code, self.rows, self.hidden, *dropout, _ptr(self.input_ids),
+            code, self.rows, self.hidden, *dropout, _ptr(self.input_ids),
             _ptr(self.inputs_embeds), _stride(self.inputs_embeds), _ptr(self.position_ids),
             _ptr(self.token_type_ids), _ptr(self.word), _ptr(self.position),
             _ptr(self.token_type), _ptr(self.weight),
@@ -585,7 +448,7 @@ def embedding_forward(
         op, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type,
         weight,
     )  # fmt: skip
-    check_tensor(op, "bias", bias, (inputs.hidden,), inputs.dtype)
+    inputs.check("bias", bias, (inputs.hidden,))
     dropout = _dropout(op, dropout_p, site, seed)
     bias = bias.contiguous()
     y = position.new_empty((inputs.rows, inputs.hidden))
@@ -624,9 +487,7 @@ def embedding_backward(
         weight,
     )  # fmt: skip
     rows, hidden = inputs.rows, inputs.hidden
-    check_tensor(op, "grad_y", grad_y, (rows, hidden), inputs.dtype)
-    check_tensor(op, "mean", mean, (rows,), inputs.dtype)
-    check_tensor(op, "rstd", rstd, (rows,), inputs.dtype)
+    inputs.check_backward(grad_y, mean, rstd)
     dropout = _dropout(op, dropout_p, site, seed)
     grad_y, mean, rstd = as_rows(grad_y), mean.contiguous(), rstd.contiguous()
     # With inputs_embeds no word row was read, so none has a gradient.

@@ -2,8 +2,9 @@
 
 Each is a ``torch.autograd.Function`` over two raw ops of ``ops.py`` and saves as little as its
 backward can do with. They are differentiable once: asking for a second derivative raises
-RuntimeError. Under ``torch.autocast`` they compute in and return float32. N is the number of packed
-rows; sizes and errors are those of the ops.
+RuntimeError. Under ``torch.autocast`` the CPU computes in and returns float32; on CUDA, as torch
+has it, products and attention are in autocast's type, LayerNorm and embeddings in float32. N is the
+number of packed rows; sizes and errors are those of the ops.
 """
 
 from __future__ import annotations
@@ -17,14 +18,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xlmr_ext import ops
+from xlmr_ext._checks import HALF
 
 
-def _promote(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, 16-bit tensors become float32; otherwise nothing changes."""
-    if not torch.is_autocast_enabled("cpu"):
+def _promote(*tensors: Tensor | None, product: bool) -> tuple[Tensor | None, ...]:
+    """The tensors in the type that autocast chooses; without autocast they are as they came.
+
+    Args:
+        product: whether they go into matrix products, which autocast has in half precision where
+            that is faster.
+    """
+    device = next(t.device.type for t in tensors if t is not None)
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
-    half = (torch.bfloat16, torch.float16)
-    return tuple(t.float() if t is not None and t.dtype in half else t for t in tensors)
+    half = product and device == "cuda"
+    dtype = torch.get_autocast_dtype(device) if half else torch.float32
+    kinds = (*HALF, torch.float32)
+    return tuple(t.to(dtype) if t is not None and t.dtype in kinds else t for t in tensors)
 
 
 def _saves(*tensors: Tensor | None) -> bool:
@@ -101,7 +111,7 @@ def linear(
     Returns:
         [N, out].
     """
-    x, addend, weight, bias = _promote(x, addend, weight, bias)  # type: ignore[assignment]
+    x, addend, weight, bias = _promote(x, addend, weight, bias, product=True)  # type: ignore[assignment]
     params = (weight,) if bias is None else (weight, bias)
     y: Tensor = _apply(_Linear, x, addend, activation, 1, *params)
     return y
@@ -120,7 +130,7 @@ def qkv_linear(
     Returns:
         As many tensors [N, out], views of one buffer.
     """
-    x, *params = _promote(x, *weights, *(biases or ()))  # type: ignore[assignment]
+    x, *params = _promote(x, *weights, *(biases or ()), product=True)  # type: ignore[assignment]
     ys: tuple[Tensor, ...] = _apply(_Linear, x, None, "none", len(weights), *params)
     return ys
 
@@ -189,7 +199,9 @@ def feed_forward(
     Returns:
         [N, hidden].
     """
-    tensors = _promote(x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend)
+    tensors = _promote(
+        x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, product=True
+    )
     y: Tensor = _apply(_FeedForward, *tensors, activation, _saves(*tensors))
     return y
 
@@ -209,10 +221,11 @@ class _Attention(torch.autograd.Function):
         site: int,
         seed: Tensor | None,
         first_only: bool,
+        save: bool,
     ) -> Tensor:
         out, lse = ops.attention_forward(
             query, key, value, cu_seqlens, max_seqlen, num_heads, scale, dropout_p, site, seed,
-            first_only,
+            first_only, save,
         )  # fmt: skip
         ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, seed)
         ctx.settings = (max_seqlen, num_heads, scale, dropout_p, site)
@@ -231,7 +244,7 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
         need = ctx.needs_input_grad[:3]
         wanted = (_or_none(n, g) for n, g in zip(need, grads, strict=True))
-        return (*wanted, None, None, None, None, None, None, None, None)
+        return (*wanted, *(None,) * 9)
 
 
 def attention(
@@ -267,7 +280,7 @@ def attention(
     Returns:
         [N, num_heads * head_size].
     """
-    query, key, value = _promote(query, key, value)  # type: ignore[assignment]
+    query, key, value = _promote(query, key, value, product=True)  # type: ignore[assignment]
     if scale is None and not 1 <= num_heads <= query.shape[-1]:
         raise ValueError(f"attention: num_heads is {num_heads} for {query.shape[-1]} features")
     if scale is None:
@@ -285,6 +298,7 @@ def attention(
         site,
         seed,
         first_only,
+        _saves(query, key, value),
     )
     return out
 
@@ -357,7 +371,7 @@ def residual_layer_norm(
     Returns:
         [N, hidden].
     """
-    tensors = _promote(x, residual, weight, bias)
+    tensors = _promote(x, residual, weight, bias, product=False)
     y: Tensor = _apply(_ResidualLayerNorm, *tensors, eps, dropout_p, site, seed, _saves(*tensors))
     return y
 
@@ -452,7 +466,7 @@ def embedding(
         [N, hidden].
     """
     inputs_embeds, word, position, token_type, weight, bias = _promote(  # type: ignore[assignment]
-        inputs_embeds, word, position, token_type, weight, bias
+        inputs_embeds, word, position, token_type, weight, bias, product=False
     )
     y: Tensor = _apply(
         _Embedding, input_ids, inputs_embeds, position_ids, token_type_ids, word, position,

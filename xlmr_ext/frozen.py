@@ -53,8 +53,8 @@ def freeze(
 
     Raises:
         RuntimeError: it is packed already, in the other type.
-        ValueError: as :class:`FrozenEncoder` and :func:`input_means` have it, or ``calibration``
-            comes without int8; nothing was changed.
+        ValueError: as :class:`FrozenEncoder` and :func:`input_means` have it, ``calibration``
+            comes without int8, or the model is not on the CPU; nothing was changed.
     """
     int8 = dtype == "int8"
     if calibration is not None and not int8:
@@ -66,6 +66,11 @@ def freeze(
         if calibration is not None:
             refuse("calibration")
         return
+    if base.device.type != "cpu":
+        raise ValueError(
+            f"the model is on {base.device}, and optimize_for_inference() packs it for the CPU: "
+            "use it as it is, or move it first"
+        )
     if not int8:
         base.encoder = FrozenEncoder.of(encoder)
         return
@@ -164,6 +169,9 @@ class FrozenEncoder(nn.Module):
                 a gradient is asked of them.
         """
         self.check_sources()
+        device = embeddings.positions.device
+        if device.type != "cpu":
+            raise ValueError(f"the model is on {device}: {_LOAD_AGAIN} to run it there")
         given = batch.inputs_embeds
         words = None if given is not None else word_table(embeddings)
         if not is_fused(embeddings) or (given is None and words is None):

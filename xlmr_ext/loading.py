@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["drop_arguments", "parse_device_map"]
+__all__ = ["drop_arguments", "parse_device_map", "require_device"]
 
 # They choose among ways to the same result.
 _NO_EFFECT = (
@@ -99,3 +99,22 @@ def parse_device_map(device_map: object) -> torch.device:
     if device.type == "meta":
         raise ValueError("device_map must be a device that holds data, got 'meta'")
     return device
+
+
+def require_device(name: str, device: torch.device) -> None:
+    """ValueError where torch does not have this device; ``name`` is the argument that asks for it.
+
+    Whether memory can be had there is for torch to say.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        which = f"{name} is {device}: torch {torch.__version__}"
+        if torch.version.cuda is None and torch.version.hip is None:
+            raise ValueError(f"{which} is built for the CPU alone")
+        raise ValueError(f"{which} finds no GPU, or no driver for it")
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"{name} is {device}: torch finds {count} GPUs, counted from 0")

@@ -1,9 +1,9 @@
-"""The raw ops ``torch.ops.xlmr_ext.*``: schema, CPU implementation and fake of each.
+"""The raw ops ``torch.ops.xlmr_ext.*``: schema, implementations by device, and fake of each.
 
 N is the number of packed rows (tokens of all sequences, back to back). A result that was not asked
 for, or that does not exist, is returned with ``numel() == 0``. ``seed`` is a one-element int64 CPU
-tensor, or None where ``dropout_p`` is 0. None of the ops is differentiable by itself: see
-``autograd.py``.
+tensor, or None where ``dropout_p`` is 0. The other tensors of a call lie on one device. None of the
+ops is differentiable by itself: see ``autograd.py``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlmr_ext import _launch
+from xlmr_ext import _launch, fallback
+from xlmr_ext._checks import statistics_dtype
 
 _library = torch.library.Library("xlmr_ext", "DEF")
 
 
-def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(schema: str, fake: Callable[..., Any]) -> Any:
+    """Defines an op; its implementations have its name."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CPU")
+    _library.impl(name, getattr(_launch, name), "CPU")
+    _library.impl(name, fallback.on_cuda(getattr(fallback, name)), "CUDA")
     torch.library.register_fake(f"xlmr_ext::{name}", fake, lib=_library)
     return getattr(torch.ops.xlmr_ext, name).default
+
+
+def _statistics(like: Tensor, shape: int | tuple[int, ...]) -> Tensor:
+    """A log-sum-exp, a mean or a deviation: in half precision they are float32."""
+    return like.new_empty(shape, dtype=statistics_dtype(like.dtype))
 
 
 def _linear_forward_fake(
@@ -42,7 +50,6 @@ def _linear_forward_fake(
 linear_forward = _define(
     "linear_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? addend, str activation)"
     " -> Tensor",
-    _launch.linear_forward,
     _linear_forward_fake,
 )
 
@@ -72,7 +79,6 @@ def _linear_backward_fake(
 linear_backward = _define(
     "linear_backward(Tensor[] grad_ys, Tensor? x, Tensor[] weights, Tensor? y, str activation,"
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    _launch.linear_backward,
     _linear_backward_fake,
 )
 
@@ -97,7 +103,6 @@ feed_forward_forward = _define(
     "feed_forward_forward(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight,"
     " Tensor? down_bias, Tensor? hidden_addend, Tensor? addend, str activation, bool save)"
     " -> (Tensor, Tensor)",
-    _launch.feed_forward_forward,
     _feed_forward_forward_fake,
 )
 
@@ -133,7 +138,6 @@ feed_forward_backward = _define(
     " Tensor pre, str activation, bool need_x, bool need_up_weight, bool need_up_bias,"
     " bool need_down_weight, bool need_down_bias, bool need_hidden_addend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _launch.feed_forward_backward,
     _feed_forward_backward_fake,
 )
 
@@ -150,19 +154,20 @@ def _attention_forward_fake(
     site: int,
     seed: Tensor | None,
     first_only: bool = False,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty((num_heads, query.shape[0]))
+    lse = _statistics(query, (num_heads, query.shape[0]) if save else 0)
+    return query.new_empty(query.shape), lse
 
 
 # query, key, value [N, heads * head_size], cu_seqlens int32 [B + 1], max_seqlen at least the
 # longest sequence -> out [N, heads * head_size], lse [heads, N]. With first_only the first token of
 # each sequence asks alone: query and out [B, heads * head_size], lse [heads, B]; 0 where it is
-# empty.
+# empty. Without save there is no lse.
 attention_forward = _define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens,"
     " SymInt max_seqlen, int num_heads, float scale, float dropout_p, int site, Tensor? seed,"
-    " bool first_only=False) -> (Tensor, Tensor)",
-    _launch.attention_forward,
+    " bool first_only=False, bool save=True) -> (Tensor, Tensor)",
     _attention_forward_fake,
 )
 
@@ -192,7 +197,6 @@ attention_backward = _define(
     " Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, int num_heads, float scale,"
     " float dropout_p, int site, Tensor? seed, bool first_only=False)"
     " -> (Tensor, Tensor, Tensor)",
-    _launch.attention_backward,
     _attention_backward_fake,
 )
 
@@ -212,8 +216,8 @@ def _layer_norm_forward_fake(
     return (
         x.new_empty(x.shape),
         x.new_empty(x.shape if keep_sum else 0),
-        x.new_empty(x.shape[0] if save else 0),
-        x.new_empty(x.shape[0] if save else 0),
+        _statistics(x, x.shape[0] if save else 0),
+        _statistics(x, x.shape[0] if save else 0),
     )
 
 
@@ -222,7 +226,6 @@ def _layer_norm_forward_fake(
 layer_norm_forward = _define(
     "layer_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps,"
     " float dropout_p, int site, Tensor? seed, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
-    _launch.layer_norm_forward,
     _layer_norm_forward_fake,
 )
 
@@ -253,7 +256,6 @@ layer_norm_backward = _define(
     "layer_norm_backward(Tensor grad_y, Tensor sum, Tensor mean, Tensor rstd, Tensor weight,"
     " float dropout_p, int site, Tensor? seed, bool need_params)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _launch.layer_norm_backward,
     _layer_norm_backward_fake,
 )
 
@@ -276,8 +278,8 @@ def _embedding_forward_fake(
     rows = position_ids.shape[0]
     return (
         position.new_empty((rows, position.shape[1])),
-        position.new_empty(rows),
-        position.new_empty(rows),
+        _statistics(position, rows),
+        _statistics(position, rows),
     )
 
 
@@ -288,7 +290,6 @@ embedding_forward = _define(
     " Tensor? token_type_ids, Tensor? word, Tensor position, Tensor token_type, Tensor weight,"
     " Tensor bias, float eps, float dropout_p, int site, Tensor? seed)"
     " -> (Tensor, Tensor, Tensor)",
-    _launch.embedding_forward,
     _embedding_forward_fake,
 )
 
@@ -333,6 +334,5 @@ embedding_backward = _define(
     " float dropout_p, int site, Tensor? seed, bool need_word, bool need_position,"
     " bool need_token_type, bool need_params)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _launch.embedding_backward,
     _embedding_backward_fake,
 )

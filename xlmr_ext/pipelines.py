@@ -416,7 +416,8 @@ def pipeline(
         tokenizer: the same; None takes what belongs to the model.
         config, revision, token, cache_dir, local_files_only, dtype, torch_dtype, device_map,
             model_kwargs: of ``from_pretrained``.
-        device: where the model is put; -1 is the CPU.
+        device: where the model is put; -1 is the CPU. A checkpoint is packed for inference there
+            alone (``optimize_for_inference``).
         **options: of the task, see its class, for all calls; and ``batch_size``.
 
     Raises:
@@ -434,6 +435,7 @@ def pipeline(
     }
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else ""
     task = _task(task, model, hub)
+    place = "cpu" if device == -1 else device
     if name:
         loaded = _loaded(
             task,
@@ -442,11 +444,13 @@ def pipeline(
             **({} if config is None else {"config": config}),
             dtype=dtype,
             torch_dtype=torch_dtype,
-            device_map=device_map,
+            device_map=device_map if place is None else place,
             **(model_kwargs or {}),
         )
     else:
         loaded = _checked_model(task, model)
+        if place is not None:
+            loaded.to(place)
         # As transformers has it, a model knows where it came from.
         name = getattr(loaded, "name_or_path", "")
     if tokenizer is None and not name:
@@ -455,8 +459,6 @@ def pipeline(
         tokenizer = XLMRobertaTokenizer.from_pretrained(
             name if tokenizer is None else tokenizer, **hub
         )
-    if device is not None:
-        loaded.to("cpu" if device == -1 else device)
     return _PIPELINES[task](loaded, tokenizer, **options)
 
 
@@ -492,7 +494,8 @@ def _loaded(task: str, name: str, **options: Any) -> PreTrainedModel:
         options["add_pooling_layer"] = False
     model, loading = _class(task).from_pretrained(name, output_loading_info=True, **options)
     refuse_missing(loading["missing_keys"], f"{name} is not trained for {task}")
-    return model.optimize_for_inference()
+    # What is packed runs on the CPU.
+    return model.optimize_for_inference() if model.device.type == "cpu" else model
 
 
 def _checked_model(task: str, model: Any) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from xlmr_ext.files import pinned
 from xlmr_ext.formats.frozen_file import FrozenFile
 from xlmr_ext.formats.weights_file import TensorDict, WeightsFile
 from xlmr_ext.frozen_checkpoint import load_frozen, save_frozen
-from xlmr_ext.loading import drop_arguments, parse_device_map
+from xlmr_ext.loading import drop_arguments, parse_device_map, require_device
 from xlmr_ext.surface import ModelSurface
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class PreTrainedModel(ModelSurface):
                 f"verify=True: {weights.path} holds no checksums; those of frozen models do"
             )
         else:
+            require_device("device_map", device)
             model, plan = load_model(
                 build, weights, dtype=wanted, ignore_mismatched_sizes=ignore_mismatched_sizes
             )

@@ -108,9 +108,10 @@ class ModelSurface(nn.Module):
 
         Raises:
             RuntimeError: the encoder is packed already, in the other type.
-            ValueError: a layer has a hook, an adapter or a parametrization, or was replaced; for
-                int8 also a model that is not float32, or weights that are not finite; calibration
-                without tokens, with ids out of range or for float32. The model is as it was.
+            ValueError: the model is not on the CPU; a layer has a hook, an adapter or a
+                parametrization, or was replaced; for int8 also a model that is not float32, or
+                weights that are not finite; calibration without tokens, with ids out of range or
+                for float32. The model is as it was.
         """
         if dtype is not None and dtype not in FROZEN_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(FROZEN_DTYPES)}, got {dtype!r}")

@@ -81,6 +81,23 @@ def add_dtype(group: Any) -> None:
     )
 
 
+def add_device(group: Any) -> None:
+    """--device of what runs."""
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        type=_device,
+        default="cpu",
+        help="where the model runs: cpu, cuda, or cuda:N for the GPU of number N",
+    )
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", text) is None:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
 def add_hub(parser: argparse.ArgumentParser) -> None:
     hub = parser.add_argument_group("where the model comes from")
     hub.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub model")

@@ -12,6 +12,7 @@ from xlmr_ext.threads import available_cpus, cpu_quota
 
 if TYPE_CHECKING:
     from xlmr_ext.data import Format
+    from xlmr_ext.pretrained import PreTrainedModel
 
 
 def say(text: str) -> None:
@@ -42,6 +43,32 @@ def use_threads(arguments: argparse.Namespace) -> int:
     count, _ = threads(arguments)
     torch.set_num_threads(count)
     return count
+
+
+def check_device(arguments: argparse.Namespace) -> None:
+    """ValueError where torch lacks the device; bad usage where --dtype does not go with it."""
+    if arguments.device == "cpu":
+        return
+    if getattr(arguments, "dtype", None) == "int8":
+        arguments.parser.error(f"--dtype int8 is for the CPU, and --device is {arguments.device}")
+    import torch
+
+    from xlmr_ext.loading import require_device
+
+    require_device("--device", torch.device(arguments.device))
+
+
+def to_run(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
+    """Makes a model ready for inference: packed on the CPU, as it is on another device."""
+    if arguments.device == "cpu":
+        model.optimize_for_inference(arguments.dtype)
+    elif model.is_frozen:
+        raise ValueError(
+            f"{arguments.model} is a frozen model, which runs on the CPU: give the checkpoint that "
+            "it was made from"
+        )
+    else:
+        model.to(arguments.device)
 
 
 def hub(arguments: argparse.Namespace) -> dict[str, Any]:

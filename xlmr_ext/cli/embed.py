@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from xlmr_ext.cli.arguments import add_dtype, add_hub, add_text_format, count
-from xlmr_ext.cli.console import hub, say, use_threads
+from xlmr_ext.cli.arguments import add_device, add_dtype, add_hub, add_text_format, count
+from xlmr_ext.cli.console import check_device, hub, say, to_run, use_threads
 from xlmr_ext.cli.inputs import Texts, add_input, interactive, sources
 from xlmr_ext.cli.outputs import is_device, opened_output, replace_output, to_bytes
 
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_encoder(parser: argparse.ArgumentParser) -> None:
     """How texts become vectors: what `load_encoder` and `encode` read."""
     group = parser.add_argument_group("vectors")
+    add_device(group)
     add_dtype(group)
     group.add_argument(
         "--pooling",
@@ -103,7 +104,7 @@ def load_encoder(arguments: argparse.Namespace) -> SentenceEncoder:
         max_length=arguments.max_length,
         **hub(arguments),
     )
-    encoder.model.optimize_for_inference(arguments.dtype)
+    to_run(encoder.model, arguments)
     return encoder
 
 
@@ -135,6 +136,7 @@ def encode(
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_device(arguments)
     format = _format(arguments)
     inputs = sources(arguments, arguments.input)
     use_threads(arguments)

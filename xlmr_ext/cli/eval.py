@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlmr_ext.cli.arguments import add_dtype, add_hub, count
-from xlmr_ext.cli.console import use_threads
+from xlmr_ext.cli.arguments import add_device, add_dtype, add_hub, count
+from xlmr_ext.cli.console import check_device, use_threads
 from xlmr_ext.cli.inputs import check_paths
 from xlmr_ext.cli.outputs import one_line
 from xlmr_ext.cli.reporting import as_group, logged_curve, make_folder, report
@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     add_task(parser, data, "what the model's head is for")
     size = parser.add_argument_group("size")
+    add_device(size)
     add_dtype(size)
     size.add_argument("--batch-size", metavar="N", type=count, default=32, help="rows a batch")
     size.add_argument(
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_device(arguments)
     inputs = _inputs(arguments)
     task_name = task_of_checkpoint(arguments)
     check_options(arguments, task_name)

@@ -8,8 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xlmr_ext.cli.arguments import PROGRAM, above_zero, add_hub, count, not_negative, share
-from xlmr_ext.cli.console import use_threads
+from xlmr_ext.cli.arguments import (
+    PROGRAM,
+    above_zero,
+    add_device,
+    add_hub,
+    count,
+    not_negative,
+    share,
+)
+from xlmr_ext.cli.console import check_device, use_threads
 from xlmr_ext.cli.reporting import as_group, make_folder, report, training_curve
 from xlmr_ext.cli.task_arguments import (
     add_task,
@@ -107,10 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{TASKS['classification'].max_length}, qa {TASKS['qa'].max_length}, less where the model "
         "takes less)",
     )
+    add_device(recipe)
     add_hub(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_device(arguments)
     name: str = arguments.task or task_of_file(arguments.train)
     check_options(arguments, name)
     paths = [path for path in (arguments.train, arguments.dev) if path is not None]

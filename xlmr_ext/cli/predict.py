@@ -11,8 +11,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from xlmr_ext.cli.arguments import TEXT_FORMATS, add_columns, add_dtype, add_hub, count
-from xlmr_ext.cli.console import input_format, say, use_threads
+from xlmr_ext.cli.arguments import (
+    TEXT_FORMATS,
+    add_columns,
+    add_device,
+    add_dtype,
+    add_hub,
+    count,
+)
+from xlmr_ext.cli.console import check_device, input_format, say, use_threads
 from xlmr_ext.cli.inputs import Rows, T, add_input, check_paths, interactive, opened, read_sources
 from xlmr_ext.cli.outputs import (
     add_output,
@@ -137,6 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='"no answer" (an empty one) may be the best, as in SQuAD 2.0',
     )
     size = parser.add_argument_group("size")
+    add_device(size)
     add_dtype(size)
     size.add_argument(
         "--batch-size", metavar="N", type=count, default=32, help="rows (or questions) a batch"
@@ -159,6 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_device(arguments)
     formats = [input_kind(arguments, path) for path in arguments.input]
     check_paths(arguments, arguments.input)
     task = task_of_checkpoint(arguments)

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from xlmr_ext.cli.arguments import add_hub, add_text_format, count
-from xlmr_ext.cli.console import use_threads
+from xlmr_ext.cli.console import check_device, use_threads
 from xlmr_ext.cli.embed import add_encoder, encode, load_encoder
 from xlmr_ext.cli.inputs import Rows, Texts, read_sources, sources
 from xlmr_ext.cli.outputs import one_line, opened_output, to_bytes, write_stream
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_device(arguments)
     search = arguments.queries is not None or arguments.corpus is not None
     ways = [bool(arguments.texts), arguments.input is not None, search]
     if sum(ways) != 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlmr_ext.cli.arguments import PROGRAM, add_columns, count, count_or_zero
-from xlmr_ext.cli.console import hub, input_format
+from xlmr_ext.cli.console import hub, input_format, to_run
 from xlmr_ext.report import metric_title
 from xlmr_ext.tasks.registry import TASKS, refuse_missing, task_of_architectures
 
@@ -206,6 +206,7 @@ def load_to_train(
         f"{arguments.model} is no XLM-R checkpoint",
         " of the sizes that its config says",
     )
+    model.to(arguments.device)
     return model, XLMRobertaTokenizer.from_pretrained(arguments.model, **where), bool(new)
 
 
@@ -228,7 +229,7 @@ def load_to_run(
     refuse_missing(
         loading["missing_keys"], f"{arguments.model} {what} (make one: {PROGRAM} finetune)"
     )
-    model.optimize_for_inference(arguments.dtype)
+    to_run(model, arguments)
     return model, XLMRobertaTokenizer.from_pretrained(arguments.model, **where)
 
 

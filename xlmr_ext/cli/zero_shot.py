@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from xlmr_ext.cli.arguments import add_dtype, add_hub, add_text_format, count
-from xlmr_ext.cli.console import hub, use_threads
+from xlmr_ext.cli.arguments import add_device, add_dtype, add_hub, add_text_format, count
+from xlmr_ext.cli.console import check_device, hub, to_run, use_threads
 from xlmr_ext.cli.inputs import Texts, add_input, interactive, sources
 from xlmr_ext.cli.outputs import add_output, format_of, one_line, write_stream
 from xlmr_ext.tasks.hypotheses import TEMPLATE, fill_template, parse_labels
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_format(data)
     size = parser.add_argument_group("size")
+    add_device(size)
     add_dtype(size)
     size.add_argument(
         "--batch-size", metavar="N", type=count, default=128, help="pairs of text and label a batch"
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_device(arguments)
     inputs = sources(arguments, arguments.input)
     format = arguments.format or format_of(arguments.output, _FORMATS) or "tsv"
     use_threads(arguments)
@@ -137,8 +139,9 @@ def _load(arguments: argparse.Namespace) -> ZeroShotClassifier:
         arguments.model, output_loading_info=True, **where
     )
     refuse_missing(loading["missing_keys"], f"{arguments.model} is no trained classifier")
+    to_run(model, arguments)
     return ZeroShotClassifier(
-        model.optimize_for_inference(arguments.dtype),
+        model,
         XLMRobertaTokenizer.from_pretrained(arguments.model, **where),
         entailment_label=arguments.entailment_label,
         max_length=arguments.max_length,
