@@ -30,8 +30,8 @@ inline int __float_as_int(float x) { return simt::bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }
 inline float __int_as_float(int x) { return simt::bits<float>(x); }
 
-#define SIMT_MIN_MAX(Type)                                       \
-  inline Type min(Type a, Type b) { return b < a ? b : a; }      \
+#define SIMT_MIN_MAX(Type)                                  \
+  inline Type min(Type a, Type b) { return b < a ? b : a; } \
   inline Type max(Type a, Type b) { return a < b ? b : a; }
 SIMT_MIN_MAX(int)
 SIMT_MIN_MAX(unsigned)

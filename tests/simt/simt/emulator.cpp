@@ -30,6 +30,13 @@ unsigned next_from(uint32_t set, unsigned start) {
   return lowest(after ? after : set);
 }
 
+unsigned any_of(State& s, uint32_t set) {
+  for (auto skipped = draw(s) % unsigned(__builtin_popcount(set)); skipped > 0; --skipped) {
+    set &= set - 1;
+  }
+  return lowest(set);
+}
+
 // --- The scheduler -------------------------------------------------------------------------------
 unsigned pick_warp(State& s) {
   switch (s.schedule) {
@@ -38,7 +45,7 @@ unsigned pick_warp(State& s) {
     case Schedule::reverse:
       return highest(s.ready_warps);
     case Schedule::random:
-      return next_from(s.ready_warps, draw(s) % warp_size);
+      return any_of(s, s.ready_warps);
     case Schedule::lockstep:
       return next_from(s.ready_warps, (s.warp + 1) % max_warps);
   }
@@ -50,7 +57,7 @@ unsigned pick_lane(State& s, uint32_t ready) {
     case Schedule::reverse:
       return highest(ready);
     case Schedule::random:
-      return next_from(ready, draw(s) % warp_size);
+      return any_of(s, ready);
     default:
       return lowest(ready);
   }
@@ -124,8 +131,6 @@ void run_block(State& s) {
   s.block_epoch = ++s.epoch;
   s.live = s.threads;
   s.arrived = 0;
-  s.leave_warp = false;
-  s.warp = 0;
   s.ready_warps = uint32_t((uint64_t(1) << s.warps) - 1);
   for (unsigned i = 0; i < s.warps; ++i) {
     Warp& w = s.warp_of[i];
@@ -136,6 +141,7 @@ void run_block(State& s) {
   // 0xff: a NaN in every floating type, -1 in integers; what is read before it is written shows.
   std::memset(s.geometry.shared, 0xff, s.shared_bytes);
   s.leave_warp = true;  // the schedule chooses the first warp, too
+  s.warp = max_warps - 1;
   pick(s);
   enter_current(s, s.main);
 }
@@ -198,7 +204,8 @@ Exchange meet(Op op, uint32_t mask, Site site, Give give) {
   const unsigned turn = w.turn;
   lane.waits_in = op;
   lane.site = site;
-  if (w.live != w.present) fail_with_threads("a collective of a warp some lanes of which have ended");
+  if (w.live != w.present)
+    fail_with_threads("a collective of a warp some lanes of which have ended");
   if ((mask & w.present) != w.present) {
     fail_with_threads("mask 0x%08x leaves out lanes of the warp; only whole warps are supported",
                       mask);
@@ -219,8 +226,8 @@ Exchange meet(Op op, uint32_t mask, Site site, Give give) {
     w.ready = w.present;
     s.ready_warps |= 1u << lane.warp;
     if (op == Op::syncwarp) ++w.epoch;
-    s.leave_warp = s.schedule == Schedule::lockstep ||
-                   (s.schedule == Schedule::random && draw(s) % 4 == 0);
+    s.leave_warp =
+        s.schedule == Schedule::lockstep || (s.schedule == Schedule::random && draw(s) % 4 == 0);
   }
   wait(s, lane);
   lane.waits_in = Op::none;
@@ -345,8 +352,8 @@ const char* launch_erased(const char* name, dim3 grid, dim3 block, size_t shared
   s.geometry.block = block;
   number_threads(s, block);
   s.launch_epoch = s.epoch + 1;
-  // Of its exact size and on the heap, so that AddressSanitizer sees an overrun; malloc aligns to 16
-  // bytes, as much as a device promises.
+  // Of its exact size and on the heap, so that AddressSanitizer sees an overrun; malloc aligns to
+  // 16 bytes, as much as a device promises.
   const std::unique_ptr<void, void (*)(void*)> shared(std::malloc(shared_bytes), std::free);
   s.geometry.shared = shared.get();
   run_blocks(s);

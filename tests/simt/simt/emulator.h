@@ -9,17 +9,20 @@
 
 namespace simt {
 
-// Where a barrier or a collective stands in the source; a default argument fills it in.
+// Where a barrier or a collective stands in the source.
 struct Site {
   const char* file;
   int line;
-};
-#define SIMT_HERE \
-  ::simt::Site { __builtin_FILE(), __builtin_LINE() }
 
-// The order in which blocks, the warps of a block and the lanes of a warp run. A warp runs until all
-// of its lanes wait for other warps or have ended; its lanes run one after the other, each to its
-// next collective.
+  // As a default argument: the place of the call.
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+// The order in which blocks, the warps of a block and the lanes of a warp run. A warp runs until
+// all of its lanes wait for other warps or have ended; its lanes run one after the other, each to
+// its next collective.
 //   forward   rising
 //   reverse   falling
 //   random    drawn; now and then a warp is left early
@@ -77,8 +80,8 @@ uint64_t shuffle(Op op, uint32_t mask, uint64_t value, unsigned source, Site sit
 uint32_t vote(Op op, uint32_t mask, bool predicate, Site site);
 // The lanes that take part in a collective of this warp.
 uint32_t participants();
-// What each lane gave (at most `slot_bytes` each), lane after lane at a stride of `slot_bytes`; valid
-// until the lane's next collective but one.
+// What each lane gave (at most `slot_bytes` each), lane after lane at a stride of `slot_bytes`;
+// valid until the lane's next collective but one.
 constexpr size_t slot_bytes = 64;
 const unsigned char* gather(Op op, uint32_t mask, const void* value, size_t bytes, Site site);
 
@@ -86,9 +89,9 @@ const unsigned char* gather(Op op, uint32_t mask, const void* value, size_t byte
 const char* launch_erased(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
                           void (*call)(const void*), const void* function, size_t function_bytes);
 
-// Runs function() once for each thread of each block, and returns when all have ended. Answers null,
-// or the name of the error with which a device would refuse this launch. A kernel's own error ends
-// the process with a message to stderr.
+// Runs function() once for each thread of each block, and returns when all have ended. Answers
+// null, or the name of the error with which a device would refuse this launch. A kernel's own error
+// ends the process with a message to stderr.
 template <class F>
 const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
                    const F& function) {

@@ -51,7 +51,8 @@ std::string ranges(uint32_t set) {
 }
 
 void print_lanes(unsigned warp, uint32_t set, const std::string& what) {
-  if (set) std::fprintf(stderr, "  warp %u: lanes %s %s\n", warp, ranges(set).c_str(), what.c_str());
+  if (set)
+    std::fprintf(stderr, "  warp %u: lanes %s %s\n", warp, ranges(set).c_str(), what.c_str());
 }
 
 void print_warp(const State& s, unsigned warp) {

@@ -18,8 +18,8 @@
 #define gridDim (::simt::geometry().grid)
 constexpr int warpSize = 32;
 
-inline void __syncthreads(simt::Site site = SIMT_HERE) { simt::block_barrier(site); }
-inline void __syncwarp(uint32_t mask = 0xffffffffu, simt::Site site = SIMT_HERE) {
+inline void __syncthreads(simt::Site site = simt::Site::here()) { simt::block_barrier(site); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu, simt::Site site = simt::Site::here()) {
   simt::warp_barrier(simt::Op::syncwarp, mask, site);
 }
 
@@ -37,41 +37,41 @@ inline unsigned group_of(unsigned lane, int width) { return lane & ~unsigned(wid
 
 template <class T>
 inline T __shfl_sync(uint32_t mask, T value, int source, int width = warpSize,
-                     simt::Site site = SIMT_HERE) {
+                     simt::Site site = simt::Site::here()) {
   const unsigned lane = simt::self().lane;
   return simt::shuffle_value(simt::Op::shfl, mask, value,
                              simt::group_of(lane, width) + (source & (width - 1)), site);
 }
 template <class T>
 inline T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = warpSize,
-                        simt::Site site = SIMT_HERE) {
+                        simt::Site site = simt::Site::here()) {
   const unsigned lane = simt::self().lane;
   const bool inside = lane - simt::group_of(lane, width) >= delta;
   return simt::shuffle_value(simt::Op::shfl_up, mask, value, inside ? lane - delta : lane, site);
 }
 template <class T>
 inline T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = warpSize,
-                          simt::Site site = SIMT_HERE) {
+                          simt::Site site = simt::Site::here()) {
   const unsigned lane = simt::self().lane;
   const bool inside = lane + delta < simt::group_of(lane, width) + width;
   return simt::shuffle_value(simt::Op::shfl_down, mask, value, inside ? lane + delta : lane, site);
 }
 template <class T>
 inline T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = warpSize,
-                         simt::Site site = SIMT_HERE) {
+                         simt::Site site = simt::Site::here()) {
   const unsigned lane = simt::self().lane;
   const unsigned source = lane ^ unsigned(lanes);
   const bool inside = source < simt::group_of(lane, width) + width;
   return simt::shuffle_value(simt::Op::shfl_xor, mask, value, inside ? source : lane, site);
 }
 
-inline unsigned __ballot_sync(uint32_t mask, int predicate, simt::Site site = SIMT_HERE) {
+inline unsigned __ballot_sync(uint32_t mask, int predicate, simt::Site site = simt::Site::here()) {
   return simt::vote(simt::Op::ballot, mask, predicate != 0, site);
 }
-inline int __any_sync(uint32_t mask, int predicate, simt::Site site = SIMT_HERE) {
+inline int __any_sync(uint32_t mask, int predicate, simt::Site site = simt::Site::here()) {
   return simt::vote(simt::Op::any, mask, predicate != 0, site) != 0;
 }
-inline int __all_sync(uint32_t mask, int predicate, simt::Site site = SIMT_HERE) {
+inline int __all_sync(uint32_t mask, int predicate, simt::Site site = simt::Site::here()) {
   return simt::vote(simt::Op::all, mask, predicate != 0, site) == simt::participants();
 }
 

@@ -63,8 +63,8 @@ struct State {
   unsigned arrived = 0;  // threads that wait in __syncthreads
   Site barrier_site{};
   uint32_t ready_warps = 0;
-  unsigned warp = 0;          // whose lanes run
-  bool leave_warp = false;    // though it has ready lanes
+  unsigned warp = 0;        // whose lanes run
+  bool leave_warp = false;  // though it has ready lanes
   Lane* current = nullptr;
 
   Fiber main;

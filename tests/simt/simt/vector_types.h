@@ -6,15 +6,15 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-#define SIMT_VECTOR2(Type, Element, alignment)                                  \
-  struct alignas(alignment) Type {                                              \
-    Element x, y;                                                               \
-  };                                                                            \
+#define SIMT_VECTOR2(Type, Element, alignment) \
+  struct alignas(alignment) Type {             \
+    Element x, y;                              \
+  };                                           \
   inline Type make_##Type(Element x, Element y) { return {x, y}; }
-#define SIMT_VECTOR4(Type, Element, alignment)                                  \
-  struct alignas(alignment) Type {                                              \
-    Element x, y, z, w;                                                         \
-  };                                                                            \
+#define SIMT_VECTOR4(Type, Element, alignment) \
+  struct alignas(alignment) Type {             \
+    Element x, y, z, w;                        \
+  };                                           \
   inline Type make_##Type(Element x, Element y, Element z, Element w) { return {x, y, z, w}; }
 
 SIMT_VECTOR2(float2, float, 8)
