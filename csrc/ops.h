@@ -223,6 +223,9 @@ struct EmbeddingForward {
   int64_t inputs_embeds_stride;
   const int64_t* position_ids;    // [N]
   const int64_t* token_type_ids;  // [N]; null means type 0 everywhere
+  // V, P and T. Ids beyond them give a row of NaN where the caller cannot look at the ids (CUDA);
+  // the CPU's kernels rely on the caller.
+  int64_t word_rows, position_rows, token_type_rows;
   const void* word;               // [V, hidden]; may be null with inputs_embeds
   const float* word_scale;        // [V]: `word` is int8, a row's values q * scale; may be null
   const void* position;           // [P, hidden]
@@ -249,6 +252,7 @@ struct EmbeddingBackward {
   int64_t inputs_embeds_stride;
   const int64_t* position_ids;
   const int64_t* token_type_ids;
+  int64_t word_rows, position_rows, token_type_rows;  // ids beyond them are left out
   const void* word;
   const void* position;
   const void* token_type;
