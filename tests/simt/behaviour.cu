@@ -14,12 +14,6 @@ namespace {
 constexpr unsigned all_lanes = 0xffffffffu;
 int failures = 0;
 
-void check(bool ok, const char* what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED: %s\n", what);
-}
-
 template <class Body>
 void in_every_schedule(Body body) {
   for (simt::Schedule schedule : simt::schedules) {
@@ -233,12 +227,19 @@ void test_os_threads() {
 
 }  // namespace
 
+void check(bool ok, const char* what) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what);
+}
+
 int run() {
   test_indices();
   test_collectives();
   test_sums();
   test_ended_warps();
   test_order();
+  test_ptx();
   test_launches();
   test_os_threads();
   return failures;
