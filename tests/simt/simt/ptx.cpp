@@ -13,32 +13,45 @@ namespace {
 // Lane 4 g + t holds of A (16 x 16) rows g, g + 8 and columns 2 t, 2 t + 1, each + 8; of B (16 x 8)
 // those k of column g; of C (16 x 8) columns 2 t, 2 t + 1 of rows g, g + 8.
 struct Fragments {
-  float a[8], b[4], c[4];
+  float a[4][2], b[2][2], c[2][2];
 };
 static_assert(sizeof(Fragments) == sizeof(Slot), "");
 
+typedef float Quad __attribute__((vector_size(16)));
+
 void multiply(Slot* slots) {
-  float a[16][16], b[16][8], c[16][8];
+  float a[16][16];
+  alignas(16) float b[16][8], c[16][8];
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const unsigned g = lane / 4, t = lane % 4;
     Fragments f;
     std::memcpy(&f, slots[lane], sizeof f);
-    for (unsigned i = 0; i < 8; ++i) {
-      a[g + (i / 2 % 2 ? 8 : 0)][2 * t + i % 2 + (i / 4 ? 8 : 0)] = f.a[i];
+    std::memcpy(&a[g][2 * t], f.a[0], sizeof f.a[0]);
+    std::memcpy(&a[g + 8][2 * t], f.a[1], sizeof f.a[1]);
+    std::memcpy(&a[g][2 * t + 8], f.a[2], sizeof f.a[2]);
+    std::memcpy(&a[g + 8][2 * t + 8], f.a[3], sizeof f.a[3]);
+    for (unsigned i = 0; i < 2; ++i) {
+      b[2 * t + i][g] = f.b[0][i];
+      b[2 * t + i + 8][g] = f.b[1][i];
     }
-    for (unsigned i = 0; i < 4; ++i) b[2 * t + i % 2 + (i / 2 ? 8 : 0)][g] = f.b[i];
-    for (unsigned i = 0; i < 4; ++i) c[g + (i / 2 ? 8 : 0)][2 * t + i % 2] = f.c[i];
+    std::memcpy(&c[g][2 * t], f.c[0], sizeof f.c[0]);
+    std::memcpy(&c[g + 8][2 * t], f.c[1], sizeof f.c[1]);
   }
   for (unsigned row = 0; row < 16; ++row) {
+    Quad sums[2];
+    std::memcpy(sums, c[row], sizeof sums);
     for (unsigned k = 0; k < 16; ++k) {
-      for (unsigned column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+      Quad of_b[2];
+      std::memcpy(of_b, b[k], sizeof of_b);
+      sums[0] += a[row][k] * of_b[0];
+      sums[1] += a[row][k] * of_b[1];
     }
+    std::memcpy(c[row], sums, sizeof sums);
   }
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const unsigned g = lane / 4, t = lane % 4;
-    float mine[4];
-    for (unsigned i = 0; i < 4; ++i) mine[i] = c[g + (i / 2 ? 8 : 0)][2 * t + i % 2];
-    std::memcpy(slots[lane], mine, sizeof mine);
+    std::memcpy(slots[lane], &c[g][2 * t], 2 * sizeof(float));
+    std::memcpy(slots[lane] + 2 * sizeof(float), &c[g + 8][2 * t], 2 * sizeof(float));
   }
 }
 
