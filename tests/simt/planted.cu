@@ -9,10 +9,7 @@ namespace {
 
 constexpr unsigned all_lanes = 0xffffffffu;
 
-template <class T = float>
-T* shared() {
-  return static_cast<T*>(simt::shared_memory());
-}
+float* shared() { return static_cast<float*>(simt::shared_memory()); }
 
 // --- Barriers left out ---------------------------------------------------------------------------
 __global__ void missing_syncthreads(float* out, bool bug) {
@@ -193,6 +190,16 @@ __global__ void global_without_barrier(float* out, bool bug) {
   out[t] = t < 32 ? float(t) : out[128 + t - 32];
 }
 
+// A byte of a number that another warp wrote.
+__global__ void byte_of_a_number(float* out, bool bug) {
+  const unsigned t = threadIdx.x;
+  out[64 + t] = 1.0f;
+  if (!bug) __syncthreads();
+  const unsigned other = bug ? t ^ 32 : t;
+  const auto* bytes = reinterpret_cast<const unsigned char*>(out + 64 + other);
+  out[t] = bytes[3] == 0xbf || bytes[3] == 0x3f ? 1 : 0;  // of -1 or 1
+}
+
 // --- The hosts -----------------------------------------------------------------------------------
 bool run_lost_update(bool bug) {
   std::vector<float> out(8, 0.0f);
@@ -267,6 +274,8 @@ std::vector<Case> cases() {
       {"global memory without a barrier",
        ONE_BLOCK(global_without_barrier, 128, 128, (i < 32 ? i : i - 32)), between_warps, "-ww-",
        "-ww-", "ssss"},
+      {"a byte of a number that another warp writes", ONE_BLOCK(byte_of_a_number, 64, 64, 1),
+       between_warps, "----", "----", "ssss"},
   };
 }
 
