@@ -208,8 +208,7 @@ Exchange meet(Op op, uint32_t mask, Site site, Give give, Complete complete) {
   const unsigned turn = w.turn;
   lane.waits_in = op;
   lane.site = site;
-  if (w.live != w.present)
-    fail_with_threads("a collective of a warp some lanes of which have ended");
+  if (w.live != w.present) fail_with_threads("a collective after lanes of the warp have ended");
   if ((mask & w.present) != w.present) {
     fail_with_threads("mask 0x%08x leaves out lanes of the warp; only whole warps are supported",
                       mask);
@@ -243,6 +242,19 @@ Exchange meet(Op op, uint32_t mask, Site site, Give give) {
   return meet(op, mask, site, give, [](Warp&, unsigned) {});
 }
 
+void set_schedule_by_environment() {
+  const char* chosen = std::getenv("XLMR_SIMT_SCHEDULE");
+  const std::string_view name = chosen ? chosen : "forward";
+  for (Schedule schedule : schedules) {
+    if (name == name_of(schedule)) return set_schedule(schedule);
+  }
+  if (name.substr(0, 7) == "random:") {
+    return set_schedule(Schedule::random, std::strtoull(chosen + 7, nullptr, 0));
+  }
+  fail("XLMR_SIMT_SCHEDULE is '%s'; expected forward, reverse, random, random:SEED or lockstep",
+       chosen);
+}
+
 }  // namespace
 
 State::State() : fibers(run_threads) {}
@@ -251,22 +263,7 @@ State& state() {
   static thread_local std::unique_ptr<State> instance;
   if (!instance) {
     instance = std::make_unique<State>();
-    const char* chosen = std::getenv("XLMR_SIMT_SCHEDULE");
-    const std::string_view name = chosen ? chosen : "forward";
-    bool known = false;
-    for (Schedule schedule : schedules) {
-      if (name != name_of(schedule)) continue;
-      known = true;
-      set_schedule(schedule);
-    }
-    if (name.substr(0, 7) == "random:") {
-      known = true;
-      set_schedule(Schedule::random, std::strtoull(chosen + 7, nullptr, 0));
-    }
-    if (!known) {
-      fail("XLMR_SIMT_SCHEDULE is '%s'; expected forward, reverse, random, random:SEED or lockstep",
-           chosen);
-    }
+    set_schedule_by_environment();
   }
   return *instance;
 }
