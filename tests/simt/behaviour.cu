@@ -14,12 +14,6 @@ namespace {
 constexpr unsigned all_lanes = 0xffffffffu;
 int failures = 0;
 
-void check(bool ok, const char* what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED: %s\n", what);
-}
-
 template <class Body>
 void in_every_schedule(Body body) {
   for (simt::Schedule schedule : simt::schedules) {
@@ -145,6 +139,50 @@ void test_ended_warps() {
   });
 }
 
+// --- What is no race -----------------------------------------------------------------------------
+// Neighbouring bytes and halves of a word, words and vectors over each other with a barrier
+// between, lanes that exchange through shared memory with __syncwarp.
+__global__ void shares_memory(unsigned char* bytes, uint16_t* halves, float* out) {
+  auto* shared = static_cast<unsigned char*>(simt::shared_memory());
+  const unsigned t = threadIdx.x, block = blockIdx.x * blockDim.x;
+  bytes[block + t] = (unsigned char)(t);
+  halves[block + t] = uint16_t(t);
+  shared[t] = bytes[block + t];
+  __syncthreads();
+  float sum = 0;
+  for (unsigned i = 0; i < blockDim.x; ++i) sum += shared[i];
+  __syncthreads();
+  auto* numbers = static_cast<float*>(simt::shared_memory());
+  if (t < blockDim.x / 4) reinterpret_cast<float4*>(numbers)[t] = {sum, sum, sum, sum};
+  __syncthreads();
+  const float kept = numbers[t];
+  __syncthreads();
+  numbers[t] = kept + 1;
+  __syncwarp();
+  const float other = numbers[t ^ 1];
+  __syncwarp();
+  numbers[t] = 0;
+  out[block + t] = other;
+}
+
+void test_shared_use() {
+  in_every_schedule([] {
+    std::vector<unsigned char> bytes(4 * 64);
+    std::vector<uint16_t> halves(bytes.size());
+    std::vector<float> out(bytes.size());
+    unsigned char* to_bytes = bytes.data();
+    uint16_t* to_halves = halves.data();
+    float* to = out.data();
+    // Twice, with the blocks in other places: launches are ordered.
+    for (unsigned threads : {64, 128}) {
+      simt::launch("shares_memory", unsigned(bytes.size()) / threads, threads,
+                   threads * sizeof(float), [=] { shares_memory(to_bytes, to_halves, to); });
+      check(out == std::vector<float>(out.size(), float(threads * (threads - 1) / 2 + 1)),
+            "memory that is shared as it should be");
+    }
+  });
+}
+
 // --- Order ---------------------------------------------------------------------------------------
 struct Order {
   unsigned count = 0;
@@ -233,12 +271,20 @@ void test_os_threads() {
 
 }  // namespace
 
+void check(bool ok, const char* what) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what);
+}
+
 int run() {
   test_indices();
   test_collectives();
   test_sums();
   test_ended_warps();
+  test_shared_use();
   test_order();
+  test_ptx();
   test_launches();
   test_os_threads();
   return failures;

@@ -5,4 +5,7 @@ namespace behaviour {
 
 int run();  // the number of failures, each printed
 
+void check(bool ok, const char* what);
+void test_ptx();
+
 }  // namespace behaviour

@@ -2,7 +2,7 @@
 // the result is right; a bug may also end the process.
 #pragma once
 
-#include <array>
+#include <vector>
 
 namespace planted {
 
@@ -17,6 +17,7 @@ struct Case {
   Outcome plain, sanitized, race;
 };
 
-extern const std::array<Case, 20> cases;
+std::vector<Case> cases();
+std::vector<Case> ptx_cases();  // of the functions of simt/ptx.h
 
 }  // namespace planted

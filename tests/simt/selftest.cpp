@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "behaviour.h"
 #include "planted.h"
@@ -66,10 +67,13 @@ int run_planted(bool verbose) {
   std::printf("Planted bugs, flavour %s\n%-50s", flavour, "");
   for (simt::Schedule schedule : simt::schedules) std::printf(" %-13s", name_of(schedule));
   std::printf("\n");
+  std::vector<planted::Case> cases = planted::cases();
+  const std::vector<planted::Case> more = planted::ptx_cases();
+  cases.insert(cases.end(), more.begin(), more.end());
   std::string text;
-  for (const planted::Case& c : planted::cases) {
+  for (const planted::Case& c : cases) {
     std::printf("%-50s", c.name);
-    std::string complaints;
+    std::string message, complaints;
     int column = 0;
     for (simt::Schedule schedule : simt::schedules) {
       const char want = wanted(c)[column++];
@@ -80,12 +84,12 @@ int run_planted(bool verbose) {
       if (got == 's' && text.find(c.message) == std::string::npos) {
         complaints += where + "expected a message with '" + c.message + "', not\n" + text;
       }
-      if (verbose && got == 's' && column == 1) std::printf("\n%s", text.c_str());
+      if (got == 's' && column == 1) message = text;
       if (outcome(c, false, schedule, text) != '-') {
         complaints += where + "the twin without the bug fails\n" + text;
       }
     }
-    std::printf("\n%s", complaints.c_str());
+    std::printf("\n%s%s", verbose ? message.c_str() : "", complaints.c_str());
     failures += !complaints.empty();
   }
   return failures;

@@ -57,7 +57,7 @@ unsigned pick_lane(State& s, uint32_t ready) {
     case Schedule::reverse:
       return highest(ready);
     case Schedule::random:
-      return any_of(s, ready);
+      return next_from(ready, draw(s) % warp_size);
     default:
       return lowest(ready);
   }
@@ -98,6 +98,8 @@ void end_thread(State& s) {
   Warp& w = s.warp_of[lane.warp];
   if (s.arrived != 0) fail_with_threads("a thread ended while others wait in __syncthreads");
   if (w.arrived != 0) fail_with_threads("a lane ended while others of its warp wait for it");
+  if (!lane.copies.empty()) fail_with_threads("a thread ended before its cp.async have landed");
+  lane.groups = 0;
   lane.fiber = nullptr;
   w.live &= ~(1u << lane.lane);
   --s.live;
@@ -181,6 +183,7 @@ void number_threads(State& s, dim3 block) {
     lane.lane = i % warp_size;
     lane.fiber = nullptr;
     lane.waits_in = Op::none;
+    lane.groups = 0;
     s.warp_of[lane.warp].present |= 1u << lane.lane;
   }
 }
@@ -195,17 +198,17 @@ struct Exchange {
   unsigned turn;
 };
 
-// Announces the lane at a collective; `give` leaves what the others may read.
-template <class Give>
-Exchange meet(Op op, uint32_t mask, Site site, Give give) {
+// Announces the lane at a collective and waits for the others. `give` leaves what they may read;
+// `complete` is run once all have.
+template <class Give, class Complete>
+Exchange meet(Op op, uint32_t mask, Site site, Give give, Complete complete) {
   State& s = *running;
   Lane& lane = *s.current;
   Warp& w = s.warp_of[lane.warp];
   const unsigned turn = w.turn;
   lane.waits_in = op;
   lane.site = site;
-  if (w.live != w.present)
-    fail_with_threads("a collective of a warp some lanes of which have ended");
+  if (w.live != w.present) fail_with_threads("a collective after lanes of the warp have ended");
   if ((mask & w.present) != w.present) {
     fail_with_threads("mask 0x%08x leaves out lanes of the warp; only whole warps are supported",
                       mask);
@@ -221,6 +224,7 @@ Exchange meet(Op op, uint32_t mask, Site site, Give give) {
   give(w, turn, lane.lane);
   w.arrived |= 1u << lane.lane;
   if (w.arrived == w.present) {
+    complete(w, turn);
     w.arrived = 0;
     w.turn ^= 1;
     w.ready = w.present;
@@ -233,6 +237,23 @@ Exchange meet(Op op, uint32_t mask, Site site, Give give) {
   lane.waits_in = Op::none;
   return {w, turn};
 }
+template <class Give>
+Exchange meet(Op op, uint32_t mask, Site site, Give give) {
+  return meet(op, mask, site, give, [](Warp&, unsigned) {});
+}
+
+void set_schedule_by_environment() {
+  const char* chosen = std::getenv("XLMR_SIMT_SCHEDULE");
+  const std::string_view name = chosen ? chosen : "forward";
+  for (Schedule schedule : schedules) {
+    if (name == name_of(schedule)) return set_schedule(schedule);
+  }
+  if (name.substr(0, 7) == "random:") {
+    return set_schedule(Schedule::random, std::strtoull(chosen + 7, nullptr, 0));
+  }
+  fail("XLMR_SIMT_SCHEDULE is '%s'; expected forward, reverse, random, random:SEED or lockstep",
+       chosen);
+}
 
 }  // namespace
 
@@ -242,22 +263,7 @@ State& state() {
   static thread_local std::unique_ptr<State> instance;
   if (!instance) {
     instance = std::make_unique<State>();
-    const char* chosen = std::getenv("XLMR_SIMT_SCHEDULE");
-    const std::string_view name = chosen ? chosen : "forward";
-    bool known = false;
-    for (Schedule schedule : schedules) {
-      if (name != name_of(schedule)) continue;
-      known = true;
-      set_schedule(schedule);
-    }
-    if (name.substr(0, 7) == "random:") {
-      known = true;
-      set_schedule(Schedule::random, std::strtoull(chosen + 7, nullptr, 0));
-    }
-    if (!known) {
-      fail("XLMR_SIMT_SCHEDULE is '%s'; expected forward, reverse, random, random:SEED or lockstep",
-           chosen);
-    }
+    set_schedule_by_environment();
   }
   return *instance;
 }
@@ -321,12 +327,17 @@ uint32_t vote(Op op, uint32_t mask, bool predicate, Site site) {
 
 uint32_t participants() { return running->warp_of[running->current->warp].present; }
 
-const unsigned char* gather(Op op, uint32_t mask, const void* value, size_t bytes, Site site) {
-  if (bytes > slot_bytes) fail("a collective of %zu bytes a lane; at most %zu", bytes, slot_bytes);
-  const Exchange e = meet(op, mask, site, [=](Warp& w, unsigned turn, unsigned lane) {
-    std::memcpy(w.slots[turn][lane], value, bytes);
-  });
-  return e.warp.slots[e.turn][0];
+const Slot* gather(Op op, const void* value, size_t bytes, void (*complete)(Slot*), Site site) {
+  const Exchange e = meet(
+      op, ~uint32_t(0), site,
+      [=](Warp& w, unsigned turn, unsigned lane) {
+        std::memcpy(w.slots[turn][lane], value, bytes);
+      },
+      [=](Warp& w, unsigned turn) {
+        if (w.present != ~uint32_t(0)) fail_with_threads("this collective needs 32 lanes");
+        if (complete) complete(w.slots[turn]);
+      });
+  return e.warp.slots[e.turn];
 }
 
 const char* launch_erased(const char* name, dim3 grid, dim3 block, size_t shared_bytes,

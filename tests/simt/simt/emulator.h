@@ -69,6 +69,8 @@ enum class Op : uint8_t {
   ballot,
   any,
   all,
+  mma,
+  ldmatrix,
 };
 
 void block_barrier(Site site);
@@ -80,10 +82,10 @@ uint64_t shuffle(Op op, uint32_t mask, uint64_t value, unsigned source, Site sit
 uint32_t vote(Op op, uint32_t mask, bool predicate, Site site);
 // The lanes that take part in a collective of this warp.
 uint32_t participants();
-// What each lane gave (at most `slot_bytes` each), lane after lane at a stride of `slot_bytes`;
-// valid until the lane's next collective but one.
-constexpr size_t slot_bytes = 64;
-const unsigned char* gather(Op op, uint32_t mask, const void* value, size_t bytes, Site site);
+// What each of 32 lanes gave, at most a slot, after `complete` (which may be null) has seen and
+// changed it; valid until the lane's next collective but one.
+using Slot = unsigned char[64];
+const Slot* gather(Op op, const void* value, size_t bytes, void (*complete)(Slot*), Site site);
 
 // --- Launch --------------------------------------------------------------------------------------
 const char* launch_erased(const char* name, dim3 grid, dim3 block, size_t shared_bytes,

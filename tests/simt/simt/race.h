@@ -16,6 +16,10 @@ namespace simt {
 
 // Ends the process where this access of the running thread races with an earlier one. `code` is
 // where it happens. Outside of launches it does nothing.
+#ifdef SIMT_RACE
 void check_access(const void* address, size_t bytes, bool write, const void* code);
+#else
+inline void check_access(const void*, size_t, bool, const void*) {}
+#endif
 
 }  // namespace simt

@@ -32,6 +32,10 @@ const char* name_of(Op op) {
       return "__any_sync";
     case Op::all:
       return "__all_sync";
+    case Op::mma:
+      return "mma";
+    case Op::ldmatrix:
+      return "ldmatrix";
   }
   return "?";
 }

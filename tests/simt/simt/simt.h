@@ -1,4 +1,5 @@
-// CUDA C++ on the CPU: what a kernel's source needs when g++ compiles it.
+// CUDA C++ on the CPU: what a kernel's source needs when g++ compiles it. ../README.md says what
+// the emulator shows and what it cannot.
 #pragma once
 
 #include "simt/device_math.h"

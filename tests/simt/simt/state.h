@@ -14,10 +14,19 @@ constexpr unsigned warp_size = 32;
 constexpr unsigned max_threads = 1024;
 constexpr unsigned max_warps = max_threads / warp_size;
 
+// A cp.async on its way.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  unsigned group;    // counted from the thread's first
+};
+
 struct Lane : Thread {
   Fiber* fiber;  // null before it starts
   Op waits_in;   // none: it can run, runs or has ended
   Site site;     // of the barrier or collective that it waits in
+  std::vector<Copy> copies;
+  unsigned groups;  // of copies, committed
 };
 
 // Sets of lanes are bits.
@@ -35,7 +44,7 @@ struct Warp {
   uint32_t votes[2];
   uint32_t epoch;  // counts __syncwarp and __syncthreads, which order memory
   uint64_t values[2][warp_size];
-  alignas(64) unsigned char slots[2][warp_size][slot_bytes];
+  alignas(64) Slot slots[2][warp_size];
 };
 
 struct State {
