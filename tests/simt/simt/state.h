@@ -78,8 +78,8 @@ struct State {
 
   Fiber main;
   FiberPool fibers;
-  Lane lanes[max_threads];
-  Warp warp_of[max_warps];
+  Lane lanes[max_threads]{};
+  Warp warp_of[max_warps]{};
 };
 
 State& state();
