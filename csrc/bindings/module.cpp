@@ -392,7 +392,8 @@ int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden,
                         double scale, double eps, Address input_ids, Address inputs_embeds,
                         int64_t inputs_embeds_stride, Address position_ids, Address token_type_ids,
                         int64_t word_rows, Address word, int64_t position_rows, Address position,
-                        int64_t token_type_rows, Address token_type, Address weight, Address bias, Address word_scale, const std::vector<LayerAddresses>& layers,
+                        int64_t token_type_rows, Address token_type, Address weight, Address bias,
+                        Address word_scale, const std::vector<LayerAddresses>& layers,
                         bool int8_weights, bool first_only, Address y, Address states, XLMR_TAIL) {
   static_assert(sizeof(xlmr::EncoderLayer) == sizeof(LayerAddresses));
   xlmr::EncoderForward a{};

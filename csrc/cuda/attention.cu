@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
       store_quad(scores + (row0 + r) * Tile::kKeyStride + 4 * tx, p);
     }
     __syncwarp();
-    add_over_keys<Tile, T, kHead>(scores + row0 * Tile::kKeyStride,
-                                  v_tile + tx * Tile::kKeyStride, keys, a.head_size, rescale, sum);
+    add_over_keys<Tile, T, kHead>(scores + row0 * Tile::kKeyStride, v_tile + tx * Tile::kKeyStride,
+                                  keys, a.head_size, rescale, sum);
   }
 #pragma unroll
   for (int r = 0; r < R; ++r) {

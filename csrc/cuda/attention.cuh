@@ -8,15 +8,15 @@
 namespace xlmr::XLMR_CUDA_NS {
 namespace {
 
-// Thread (ty, tx) has the scores of kThreadRows queries from kThreadRows * ty on and the 4 keys from
-// 4 * tx on: one group of the dropout's mask. All threads of a row are lanes of one warp.
+// Thread (ty, tx) has the scores of kThreadRows queries from kThreadRows * ty on and the 4 keys
+// from 4 * tx on: one group of the dropout's mask. All threads of a row are lanes of one warp.
 template <class T, int kHead>
 struct AttentionTile {
   static constexpr bool kLarge = kHead * sizeof(T) == 64 * 4;   // float32, head size up to 64
   static constexpr bool kSmall = kHead * sizeof(T) == 128 * 8;  // float64, up to 128
   static constexpr int kQueries = kLarge ? 64 : kSmall ? 16 : 32;
   static constexpr int kKeys = kSmall ? 16 : 32;
-  static constexpr int kThreadRows = kSmall ? 1 : 4;
+  static constexpr int kThreadRows = kSmall ? 1 : sizeof(T) == 8 ? 2 : 4;
   static constexpr int kX = kKeys / 4, kY = kQueries / kThreadRows;
   static constexpr int kThreads = kX * kY;
   static constexpr int kQueryStride = kQueries + kPad<T>, kKeyStride = kKeys + kPad<T>;
@@ -27,10 +27,10 @@ struct AttentionTile {
 
 // The rows of one head of one sequence.
 struct AttentionHead {
-  int64_t head, length;       // keys of the sequence
-  int64_t first;              // its first key, of all tokens
-  int64_t query, queries;     // its first query, of all; how many
-  int64_t all_queries;        // of all sequences
+  int64_t head, length;    // keys of the sequence
+  int64_t first;           // its first key, of all tokens
+  int64_t query, queries;  // its first query, of all; how many
+  int64_t all_queries;     // of all sequences
 };
 
 template <class Args>
@@ -73,29 +73,43 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride
   }
 }
 
-// products[r][c] = left[row + r] . right[key + c], of tiles with the given strides.
+constexpr int kDotChain = 16;  // steps of a dot product that are summed apart
+
+// products[r][c] = left[row + r] . right[key + c], of tiles with the given strides. Sums of
+// kDotChain steps are added up: a score's error becomes the relative error of its probability, and
+// one long chain rounds twice as much.
 template <class T, int kThreadRows, int kLeftStride, int kRightStride>
 __device__ __forceinline__ void dot_rows(const T* left, const T* right, int64_t head_size,
                                          T (&products)[kThreadRows][4]) {
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
+#pragma unroll
     for (int c = 0; c < 4; ++c) products[r][c] = T(0);
   }
+  for (int d0 = 0; d0 < head_size; d0 += kDotChain) {  // the tiles are 0 behind the head's end
+    T part[kThreadRows][4] = {};
 #pragma unroll 4
-  for (int d = 0; d < head_size; ++d) {
-    const Quad<T> b = load_quad(right + d * kRightStride);
-    T a[kThreadRows];
-    if constexpr (kThreadRows == 4) {
-      const Quad<T> quad = load_quad(left + d * kLeftStride);
+    for (int d = d0; d < d0 + kDotChain; ++d) {
+      const Quad<T> b = load_quad(right + d * kRightStride);
+      T a[kThreadRows];
+      if constexpr (kThreadRows == 4) {
+        const Quad<T> quad = load_quad(left + d * kLeftStride);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) a[r] = quad.v[r];
-    } else {
-      a[0] = left[d * kLeftStride];
+        for (int r = 0; r < 4; ++r) a[r] = quad.v[r];
+      } else {
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) a[r] = left[d * kLeftStride + r];
+      }
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) part[r][c] = fma(a[r], b.v[c], part[r][c]);
+      }
     }
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) products[r][c] = fma(a[r], b.v[c], products[r][c]);
+      for (int c = 0; c < 4; ++c) products[r][c] += part[r][c];
     }
   }
 }

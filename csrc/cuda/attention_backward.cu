@@ -7,9 +7,14 @@
 namespace xlmr::XLMR_CUDA_NS {
 namespace {
 
+// delta = rowsum(dO * O) = rowsum(P * dP). In the second form the error of dP cancels where one
+// probability is near 1, and dividing by rowsum(P) = 1 takes out what rounding lse did to P. It
+// costs one more pass over the keys, which up to this length is next to nothing in an encoder.
+constexpr int64_t kShortLength = 128;
+
 constexpr int kDeltaWarps = 4;
 
-// A warp for a row of a head.
+// delta in its first form; a warp for a row of a head.
 template <class T>
 __global__ void __launch_bounds__(kDeltaWarps* kWarp)
     attention_delta_kernel(AttentionBackward a, int64_t queries, T* delta) {
@@ -25,45 +30,57 @@ __global__ void __launch_bounds__(kDeltaWarps* kWarp)
   if (lane == 0) delta[index] = sum;
 }
 
-// What a thread's share of a score tile became.
+// A thread's share of a tile: kThreadRows queries and 4 keys.
 template <class T, int kThreadRows>
-struct ScoreGradient {
-  T probability[kThreadRows][4];  // after dropout
-  T dscore[kThreadRows][4];
+struct Scores {
+  T softmax[kThreadRows][4];       // P
+  T dropped[kThreadRows][4];       // P~, after dropout
+  T dprobability[kThreadRows][4];  // dO V^T through the mask: the gradient of P
 };
 
-// P and dS of kThreadRows queries from q0 + row0 and 4 keys from k0 + 4 tx; 0 where there is no
-// such query or key.
+// For the queries from q0 + row0 and the keys from k0 + 4 tx; P is 0 where there is no such query
+// or key.
 template <class Tile, class T>
-__device__ __forceinline__ ScoreGradient<T, Tile::kThreadRows> score_gradient(
+__device__ __forceinline__ Scores<T, Tile::kThreadRows> scores_again(
     const AttentionBackward& a, const AttentionHead& h, const DropoutMask<T>& dropout,
-    const T* delta, const T* q_tile, const T* dout_tile, const T* k_tile, const T* v_tile,
-    int64_t q0, int64_t k0, int row0, int tx) {
+    const T* q_tile, const T* dout_tile, const T* k_tile, const T* v_tile, int64_t q0, int64_t k0,
+    int row0, int tx) {
   constexpr int R = Tile::kThreadRows;
-  ScoreGradient<T, R> g;
+  Scores<T, R> s;
   dot_rows<T, R, Tile::kQueryStride, Tile::kKeyStride>(q_tile + row0, k_tile + 4 * tx, a.head_size,
-                                                       g.probability);
+                                                       s.softmax);
   dot_rows<T, R, Tile::kQueryStride, Tile::kKeyStride>(dout_tile + row0, v_tile + 4 * tx,
-                                                       a.head_size, g.dscore);
+                                                       a.head_size, s.dprobability);
   const T scale = static_cast<T>(a.scale);
-  const int64_t base = h.head * h.all_queries + h.query;
+  const T* lse = static_cast<const T*>(a.lse) + h.head * h.all_queries + h.query;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = q0 + row0 + r;
     const bool asks = row < h.queries;
-    const T lse = asks ? static_cast<const T*>(a.lse)[base + row] : T(0);
-    const T row_delta = asks ? delta[base + row] : T(0);
+    const T shift = asks ? lse[row] : T(0);
     const Quad<T> factor = dropout.factors(h.head, h.first + row, k0 / 4 + tx);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const bool there = asks && k0 + 4 * tx + c < h.length;
-      const T p = there ? exp(g.probability[r][c] * scale - lse) : T(0);
-      g.dscore[r][c] =
-          there ? p * (g.dscore[r][c] * factor.v[c] - row_delta) * scale : T(0);
-      g.probability[r][c] = p * factor.v[c];
+      const T p = there ? exp(s.softmax[r][c] * scale - shift) : T(0);
+      s.softmax[r][c] = p;
+      s.dropped[r][c] = p * factor.v[c];
+      s.dprobability[r][c] *= factor.v[c];
     }
   }
-  return g;
+  return s;
+}
+
+// dS of row r.
+template <class T, int kThreadRows>
+__device__ __forceinline__ Quad<T> dscore(const Scores<T, kThreadRows>& s, int r, T delta,
+                                          T scale) {
+  Quad<T> row;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    row.v[c] = s.softmax[r][c] * (s.dprobability[r][c] - delta) * scale;
+  }
+  return row;
 }
 
 template <class T, int kHead>
@@ -74,7 +91,7 @@ constexpr size_t backward_shared(int score_tiles) {
 
 template <class T, int kHead>
 __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
-    attention_dquery_kernel(AttentionBackward a, DropoutMask<T> dropout, const T* delta,
+    attention_dquery_kernel(AttentionBackward a, DropoutMask<T> dropout, T* delta,
                             int64_t query_blocks) {
   using Tile = AttentionTile<T, kHead>;
   constexpr int R = Tile::kThreadRows, X = Tile::kX;
@@ -84,6 +101,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
   T* k_tile = dout_tile + Tile::kQueryTile;
   T* v_tile = k_tile + Tile::kKeyTile;
   T* dscores = v_tile + Tile::kKeyTile;
+  const T scale = static_cast<T>(a.scale);
 
   const AttentionHead h = attention_head(a, blockIdx.x / query_blocks);
   const int64_t q0 = blockIdx.x % query_blocks * Tile::kQueries;
@@ -104,31 +122,63 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
   load_tile<T, kHead, Tile::kQueries, Tile::kQueryStride, Tile::kThreads>(
       dout_tile, head_rows<T>(a.dout, h.query + q0, a.dout_stride, h.head, a.head_size),
       a.dout_stride, rows, a.head_size);
-  T sum[R][kHead / X] = {}, one[R];
+  // The keys block by block, and what each busy thread does with its share of one.
+  const auto over_keys = [&](const auto& take) {
+    for (int64_t k0 = 0; k0 < h.length; k0 += Tile::kKeys) {
+      const int64_t keys = min_of(int64_t{Tile::kKeys}, h.length - k0);
+      __syncthreads();  // the tiles have been read
+      load_tile<T, kHead, Tile::kKeys, Tile::kKeyStride, Tile::kThreads>(
+          k_tile, head_rows<T>(a.key, h.first + k0, a.key_stride, h.head, a.head_size),
+          a.key_stride, keys, a.head_size);
+      load_tile<T, kHead, Tile::kKeys, Tile::kKeyStride, Tile::kThreads>(
+          v_tile, head_rows<T>(a.value, h.first + k0, a.value_stride, h.head, a.head_size),
+          a.value_stride, keys, a.head_size);
+      __syncthreads();
+      if (!busy) continue;
+      take(scores_again<Tile>(a, h, dropout, q_tile, dout_tile, k_tile, v_tile, q0, k0, row0, tx),
+           keys);
+    }
+  };
+  delta += h.head * h.all_queries + h.query + q0 + row0;
+  T row_delta[R], one[R];
 #pragma unroll
-  for (int r = 0; r < R; ++r) one[r] = T(1);
-  for (int64_t k0 = 0; k0 < h.length; k0 += Tile::kKeys) {
-    const int64_t keys = min_of(int64_t{Tile::kKeys}, h.length - k0);
-    __syncthreads();  // the tiles have been read
-    load_tile<T, kHead, Tile::kKeys, Tile::kKeyStride, Tile::kThreads>(
-        k_tile, head_rows<T>(a.key, h.first + k0, a.key_stride, h.head, a.head_size), a.key_stride,
-        keys, a.head_size);
-    load_tile<T, kHead, Tile::kKeys, Tile::kKeyStride, Tile::kThreads>(
-        v_tile, head_rows<T>(a.value, h.first + k0, a.value_stride, h.head, a.head_size),
-        a.value_stride, keys, a.head_size);
-    __syncthreads();
-    if (!busy) continue;
-    const auto g = score_gradient<Tile>(a, h, dropout, delta, q_tile, dout_tile, k_tile, v_tile, q0,
-                                        k0, row0, tx);
+  for (int r = 0; r < R; ++r) {
+    row_delta[r] = row0 + r < rows ? delta[r] : T(0);
+    one[r] = T(1);
+  }
+  if (h.length <= kShortLength) {
+    T total[R] = {}, total_gradient[R] = {};
+    over_keys([&](const Scores<T, R>& s, int64_t) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          total[r] += s.softmax[r][c];
+          total_gradient[r] = fma(s.softmax[r][c], s.dprobability[r][c], total_gradient[r]);
+        }
+      }
+    });
+    if (busy) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const T gradient = sum_lanes(total_gradient[r], X), sum = sum_lanes(total[r], X);
+        if (row0 + r >= rows) continue;
+        row_delta[r] = gradient / sum;
+        if (tx == 0) delta[r] = row_delta[r];  // for the gradients of the keys
+      }
+    }
+  }
+  T sum[R][kHead / X] = {};
+  over_keys([&](const Scores<T, R>& s, int64_t keys) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const Quad<T> row = {{g.dscore[r][0], g.dscore[r][1], g.dscore[r][2], g.dscore[r][3]}};
-      store_quad(dscores + (row0 + r) * Tile::kKeyStride + 4 * tx, row);
+      store_quad(dscores + (row0 + r) * Tile::kKeyStride + 4 * tx,
+                 dscore(s, r, row_delta[r], scale));
     }
     __syncwarp();
-    add_over_keys<Tile, T, kHead>(dscores + row0 * Tile::kKeyStride,
-                                  k_tile + tx * Tile::kKeyStride, keys, a.head_size, one, sum);
-  }
+    add_over_keys<Tile, T, kHead>(dscores + row0 * Tile::kKeyStride, k_tile + tx * Tile::kKeyStride,
+                                  keys, a.head_size, one, sum);
+  });
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (row0 + r >= rows) continue;
@@ -144,8 +194,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
 // queries (those up to a multiple of 4 have scores of 0); each block of queries apart.
 template <class Tile, class T, int kHead>
 __device__ __forceinline__ void add_over_queries(const T* scores, const T* tile, int64_t rows,
-                                                 int64_t head_size,
-                                                 T (&sum)[4][kHead / Tile::kY]) {
+                                                 int64_t head_size, T (&sum)[4][kHead / Tile::kY]) {
 #pragma unroll
   for (int c0 = 0; c0 < kHead / Tile::kY; c0 += 4) {
     if (c0 * Tile::kY >= head_size) break;
@@ -188,6 +237,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
   T* v_tile = k_tile + Tile::kKeyTile;
   T* probabilities = v_tile + Tile::kKeyTile;
   T* dscores = probabilities + Tile::kScoreTile;
+  const T scale = static_cast<T>(a.scale);
 
   const AttentionHead h = attention_head(a, blockIdx.x / key_blocks);
   const int64_t k0 = blockIdx.x % key_blocks * Tile::kKeys;
@@ -201,6 +251,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
   load_tile<T, kHead, Tile::kKeys, Tile::kKeyStride, Tile::kThreads>(
       v_tile, head_rows<T>(a.value, h.first + k0, a.value_stride, h.head, a.head_size),
       a.value_stride, keys, a.head_size);
+  delta += h.head * h.all_queries + h.query;
   T dkey[4][kHead / Y] = {}, dvalue[4][kHead / Y] = {};
   for (int64_t q0 = 0; q0 < h.queries; q0 += Tile::kQueries) {
     const int64_t rows = min_of(int64_t{Tile::kQueries}, h.queries - q0);
@@ -213,15 +264,15 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
         a.dout_stride, rows, a.head_size);
     __syncthreads();
     if (warp_row0 < rows) {
-      const auto g = score_gradient<Tile>(a, h, dropout, delta, q_tile, dout_tile, k_tile, v_tile,
-                                          q0, k0, row0, tx);
+      const Scores<T, R> s =
+          scores_again<Tile>(a, h, dropout, q_tile, dout_tile, k_tile, v_tile, q0, k0, row0, tx);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const int at = (row0 + r) * Tile::kKeyStride + 4 * tx;
-        store_quad(probabilities + at, Quad<T>{{g.probability[r][0], g.probability[r][1],
-                                                g.probability[r][2], g.probability[r][3]}});
-        store_quad(dscores + at, Quad<T>{{g.dscore[r][0], g.dscore[r][1], g.dscore[r][2],
-                                          g.dscore[r][3]}});
+        const T row_delta = row0 + r < rows ? delta[q0 + row0 + r] : T(0);
+        store_quad(probabilities + at,
+                   Quad<T>{{s.dropped[r][0], s.dropped[r][1], s.dropped[r][2], s.dropped[r][3]}});
+        store_quad(dscores + at, dscore(s, r, row_delta, scale));
       }
     }
     __syncthreads();
@@ -246,7 +297,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHead>::kThreads, 1)
 }
 
 template <class T, int kHead>
-Status run_backward(const AttentionBackward& a, const T* delta, const ExecContext& ctx) {
+Status run_backward(const AttentionBackward& a, T* delta, const ExecContext& ctx) {
   using Tile = AttentionTile<T, kHead>;
   constexpr size_t dquery_shared = backward_shared<T, kHead>(1);
   constexpr size_t dkv_shared = backward_shared<T, kHead>(2);

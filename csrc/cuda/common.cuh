@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstdio>
 #include <type_traits>
 
 #include "core/philox.h"
@@ -18,17 +17,22 @@
 #else
 #include <cuda_runtime.h>
 #define XLMR_CUDA_NS cuda
-#define XLMR_SHARED(T, name)                                              \
-  extern __shared__ __align__(16) unsigned char xlmr_shared_memory[];     \
+#define XLMR_SHARED(T, name)                                          \
+  extern __shared__ __align__(16) unsigned char xlmr_shared_memory[]; \
   T* name = reinterpret_cast<T*>(xlmr_shared_memory)
 #endif
 
 namespace xlmr::XLMR_CUDA_NS {
+
+// The sentence about a launch that failed; it lives until the thread's next failure.
+Status launch_failure(const char* name, const char* error, int64_t blocks, int threads,
+                      size_t shared_bytes, const ExecContext& ctx);
+
 namespace {
 
 // The overloads for float; without them g++ would take those for double.
-using std::exp;
 using std::erf;
+using std::exp;
 using std::fma;
 using std::fmax;
 using std::log;
@@ -44,13 +48,6 @@ template <class T>
 struct Same {
   using type = T;
 };
-
-// What launch() answers where it fails; lives until the thread's next failure.
-inline char* message_buffer() {
-  static thread_local char buffer[320];
-  return buffer;
-}
-constexpr size_t kMessageBytes = 320;
 
 #if defined(XLMR_SIMT)
 
@@ -101,12 +98,7 @@ Status launch(const char* name, void (*kernel)(P...), int64_t blocks, int thread
                                  ctx, args...);
   }
   if (error == nullptr) return nullptr;
-  snprintf(message_buffer(), kMessageBytes,
-           "kernel %s did not start: %s (%lld blocks of %d threads, %zu bytes of shared memory, "
-           "device %d)",
-           name, error, static_cast<long long>(blocks), threads, shared_bytes,
-           static_cast<int>(ctx.device));
-  return message_buffer();
+  return launch_failure(name, error, blocks, threads, shared_bytes, ctx);
 }
 
 // Four values that lie side by side in shared memory, read at once. Rows there are padded by

@@ -7,7 +7,7 @@ namespace {
 
 template <class T>
 struct EmbeddingRow {
-  const T* word;           // null where `quantized` stands for it
+  const T* word;  // null where `quantized` stands for it
   const int8_t* quantized;
   T scale;
   const T* position;  // null where an id has no row in its table: the row is NaN then
@@ -112,7 +112,8 @@ constexpr int kScatterWidth = kScatterThreads * kScatterColumns;
 
 // table[id] += source[row], the rows of one id in ascending order. The block of the first row that
 // has an id adds all of them; the other blocks end at once. Every warp looks through the ids by
-// itself, 32 at a time: rows^2 / 2 comparisons at most, little beside the rest up to some 10^5 rows.
+// itself, 32 at a time: rows^2 / 2 comparisons at most, little beside the rest up to some 10^5
+// rows.
 template <class T>
 __global__ void __launch_bounds__(kScatterThreads) scatter_rows_kernel(ScatterRows<T> a) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -133,8 +134,7 @@ __global__ void __launch_bounds__(kScatterThreads) scatter_rows_kernel(ScatterRo
     sum[c] = column < a.hidden ? to[column] : T(0);
   }
   for (int64_t base = first; base < a.rows; base += kWarp) {
-    const bool same =
-        base + lane < a.rows && (a.index == nullptr || a.index[base + lane] == id);
+    const bool same = base + lane < a.rows && (a.index == nullptr || a.index[base + lane] == id);
     const unsigned found = __ballot_sync(kAllLanes, same);
     if (found == 0) continue;
     for (int i = 0; i < kWarp; ++i) {
@@ -174,8 +174,8 @@ struct EmbeddingBackwardLauncher {
     norm.dsum = static_cast<T*>(a.dsum);
     norm.dweight = static_cast<T*>(a.dweight);
     norm.dbias = static_cast<T*>(a.dbias);
-    if (Status error = norm_backward("embedding_backward", norm, EmbeddingRows<T>(a, nullptr), sums,
-                                     ctx)) {
+    if (Status error =
+            norm_backward("embedding_backward", norm, EmbeddingRows<T>(a, nullptr), sums, ctx)) {
       return error;
     }
     if (Status error = scatter("embedding_backward dword", a, a.word_rows, a.padding_idx,
@@ -196,9 +196,12 @@ struct EmbeddingBackwardLauncher {
                         int64_t left_out, const int64_t* index, void* table,
                         const ExecContext& ctx) {
     if (table == nullptr) return nullptr;
-    const ScatterRows<T> args{a.rows,   a.hidden,
-                              table_rows, left_out,
-                              index,    static_cast<const T*>(a.dsum),
+    const ScatterRows<T> args{a.rows,
+                              a.hidden,
+                              table_rows,
+                              left_out,
+                              index,
+                              static_cast<const T*>(a.dsum),
                               static_cast<T*>(table)};
     const int64_t ids = index == nullptr ? min_of(a.rows, int64_t{1}) : a.rows;
     const int64_t blocks = product(ids, ceil_div(a.hidden, kScatterWidth));

@@ -33,7 +33,7 @@ struct FeedForwardForwardLauncher {
     act.pre_stride = a.inner;
     act.activation = a.activation;
     if (Status error = gemm<Layout::k_contiguous, Layout::k_contiguous>("feed_forward_forward up",
-                                                                       up, act, ctx)) {
+                                                                        up, act, ctx)) {
       return error;
     }
     GemmArgs<T> down;
@@ -98,7 +98,7 @@ struct FeedForwardBackwardLauncher {
       g.b_stride = g.c_stride = a.hidden;
       g.c[0] = static_cast<T*>(a.dx);
       if (Status error = gemm<Layout::k_contiguous, Layout::k_strided>("feed_forward_backward dx",
-                                                                      g, NoEpilogue(), ctx)) {
+                                                                       g, NoEpilogue(), ctx)) {
         return error;
       }
     }
@@ -112,9 +112,9 @@ struct FeedForwardBackwardLauncher {
                                      dpre, a.inner, static_cast<T*>(a.dup_bias), ctx)) {
       return error;
     }
-    if (Status error = weight_gradient("feed_forward_backward ddown_weight", a.rows, dy,
-                                       a.dy_stride, a.hidden, activated, a.inner, a.inner,
-                                       static_cast<T*>(a.ddown_weight), ctx)) {
+    if (Status error =
+            weight_gradient("feed_forward_backward ddown_weight", a.rows, dy, a.dy_stride, a.hidden,
+                            activated, a.inner, a.inner, static_cast<T*>(a.ddown_weight), ctx)) {
       return error;
     }
     return bias_gradient("feed_forward_backward ddown_bias", down_sums, a.rows, a.hidden, dy,

@@ -158,9 +158,8 @@ template <Layout kA, Layout kB, class T, class Epilogue>
 Status gemm(const char* name, const GemmArgs<T>& g, const Epilogue& epilogue,
             const ExecContext& ctx) {
   using Tile = GemmTile<T>;
-  const int64_t blocks =
-      xlmr::product(xlmr::product(ceil_div(g.m, Tile::kRows), ceil_div(g.n, Tile::kColumns)),
-                    g.products);
+  const int64_t blocks = xlmr::product(
+      xlmr::product(ceil_div(g.m, Tile::kRows), ceil_div(g.n, Tile::kColumns)), g.products);
   return launch(name, gemm_kernel<T, kA, kB, Epilogue>, blocks, Tile::kThreads, Tile::kShared, ctx,
                 g, epilogue);
 }

@@ -27,20 +27,20 @@ XLMR_DECLARE_OP(embedding_backward, EmbeddingBackward);
 
 // Defines an op from a template `Launcher<T>` with a constructor (Workspace&, args), which lays out
 // the workspace, and a method run(args, ctx) that answers a Status.
-#define XLMR_DEFINE_OP(name, Args, Launcher)                        \
-  int64_t name##_workspace(const Args& args, const ExecContext&) {  \
-    Workspace space(nullptr);                                       \
-    if (args.dtype == DType::float32) {                             \
-      (void)Launcher<float>(space, args);                           \
-    } else {                                                        \
-      (void)Launcher<double>(space, args);                          \
-    }                                                               \
-    return space.total();                                           \
-  }                                                                 \
-  Status name(const Args& args, const ExecContext& ctx) {           \
-    Workspace space(ctx.workspace);                                 \
-    if (args.dtype == DType::float32) {                             \
-      return Launcher<float>(space, args).run(args, ctx);           \
-    }                                                               \
-    return Launcher<double>(space, args).run(args, ctx);            \
+#define XLMR_DEFINE_OP(name, Args, Launcher)                       \
+  int64_t name##_workspace(const Args& args, const ExecContext&) { \
+    Workspace space(nullptr);                                      \
+    if (args.dtype == DType::float32) {                            \
+      (void)Launcher<float>(space, args);                          \
+    } else {                                                       \
+      (void)Launcher<double>(space, args);                         \
+    }                                                              \
+    return space.total();                                          \
+  }                                                                \
+  Status name(const Args& args, const ExecContext& ctx) {          \
+    Workspace space(ctx.workspace);                                \
+    if (args.dtype == DType::float32) {                            \
+      return Launcher<float>(space, args).run(args, ctx);          \
+    }                                                              \
+    return Launcher<double>(space, args).run(args, ctx);           \
   }

@@ -79,9 +79,9 @@ struct LinearBackwardLauncher {
     if (a.activation == Activation::tanh) {
       T* out = static_cast<T*>(a.dz);
       const int64_t blocks = ceil_div(a.rows * a.out_features, kElementThreads);
-      if (Status error = launch("tanh_backward", tanh_backward_kernel<T>, blocks, kElementThreads,
-                                0, ctx, a.rows, a.out_features, dz[0], dz_stride,
-                                static_cast<const T*>(a.y), out)) {
+      if (Status error =
+              launch("tanh_backward", tanh_backward_kernel<T>, blocks, kElementThreads, 0, ctx,
+                     a.rows, a.out_features, dz[0], dz_stride, static_cast<const T*>(a.y), out)) {
         return error;
       }
       dz[0] = out;
@@ -101,7 +101,7 @@ struct LinearBackwardLauncher {
         g.b[p] = static_cast<const T*>(a.weight[p]);
       }
       if (Status error = gemm<Layout::k_contiguous, Layout::k_strided>("linear_backward dx", g,
-                                                                      NoEpilogue(), ctx)) {
+                                                                       NoEpilogue(), ctx)) {
         return error;
       }
     }
@@ -120,7 +120,7 @@ struct LinearBackwardLauncher {
         g.c[p] = static_cast<T*>(a.dweight[p]);
       }
       if (Status error = gemm<Layout::k_strided, Layout::k_strided>("linear_backward dweight", g,
-                                                                   NoEpilogue(), ctx)) {
+                                                                    NoEpilogue(), ctx)) {
         return error;
       }
     }

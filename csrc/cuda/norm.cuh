@@ -87,7 +87,7 @@ struct NormBackward {
   const T* rstd;
   const T* weight;
   T* dsum;
-  T* dx;  // may be null
+  T* dx;       // may be null
   T* dweight;  // null together with dbias
   T* dbias;
 };

@@ -1,4 +1,7 @@
-// The table of the CUDA kernels: "cuda", or "simt" over the emulator.
+// The table of the CUDA kernels: "cuda", or "simt" over the emulator; and what a launch that failed
+// says.
+#include <string>
+
 #include "cuda/kernels.cuh"
 
 namespace xlmr::XLMR_CUDA_NS {
@@ -23,6 +26,16 @@ Status no_int8(const Args&, const ExecContext&) {
 }
 
 }  // namespace
+
+Status launch_failure(const char* name, const char* error, int64_t blocks, int threads,
+                      size_t shared_bytes, const ExecContext& ctx) {
+  static thread_local std::string message;
+  message = std::string("kernel ") + name + " did not start: " + error + " (" +
+            std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads, " +
+            std::to_string(shared_bytes) + " bytes of shared memory, device " +
+            std::to_string(ctx.device) + ")";
+  return message.c_str();
+}
 
 extern const KernelTable table;
 const KernelTable table = {

@@ -174,5 +174,6 @@ void test_encoder(TableRef table);
 void test_int8_layout();
 void test_int8(TableRef table);
 void test_callers(TableRef table);
+void test_cuda(TableRef table);
 
 }  // namespace test

@@ -107,6 +107,7 @@ int main(int argc, char** argv) {
     }
     test::test_encoder(*info.table);
     test::test_callers(*info.table);
+    test::test_cuda(*info.table);
     options.threads = threads;
   }
   ran += run_twin() ? 1 : 0;
