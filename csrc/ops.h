@@ -223,15 +223,18 @@ struct EmbeddingForward {
   int64_t inputs_embeds_stride;
   const int64_t* position_ids;    // [N]
   const int64_t* token_type_ids;  // [N]; null means type 0 everywhere
-  const void* word;               // [V, hidden]; may be null with inputs_embeds
-  const float* word_scale;        // [V]: `word` is int8, a row's values q * scale; may be null
-  const void* position;           // [P, hidden]
-  const void* token_type;         // [T, hidden]
-  const void* weight;             // [hidden] LayerNorm's
-  const void* bias;               // [hidden]
-  void* y;                        // [N, hidden] contiguous
-  void* mean;                     // [N]; may be null together with rstd
-  void* rstd;                     // [N]
+  // V, P and T. Ids beyond them give a row of NaN where the caller cannot look at the ids (CUDA);
+  // the CPU's kernels rely on the caller.
+  int64_t word_rows, position_rows, token_type_rows;
+  const void* word;         // [V, hidden]; may be null with inputs_embeds
+  const float* word_scale;  // [V]: `word` is int8, a row's values q * scale; may be null
+  const void* position;     // [P, hidden]
+  const void* token_type;   // [T, hidden]
+  const void* weight;       // [hidden] LayerNorm's
+  const void* bias;         // [hidden]
+  void* y;                  // [N, hidden] contiguous
+  void* mean;               // [N]; may be null together with rstd
+  void* rstd;               // [N]
 };
 
 // dsum as in LayerNormBackward, the sum being gathered again; then, row by row in ascending
@@ -249,6 +252,7 @@ struct EmbeddingBackward {
   int64_t inputs_embeds_stride;
   const int64_t* position_ids;
   const int64_t* token_type_ids;
+  int64_t word_rows, position_rows, token_type_rows;  // ids beyond them are left out
   const void* word;
   const void* position;
   const void* token_type;

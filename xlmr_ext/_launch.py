@@ -423,8 +423,9 @@ class _EmbeddingInputs(EmbeddingInputs):
         return (
             code, self.rows, self.hidden, *dropout, _ptr(self.input_ids),
             _ptr(self.inputs_embeds), _stride(self.inputs_embeds), _ptr(self.position_ids),
-            _ptr(self.token_type_ids), _ptr(self.word), _ptr(self.position),
-            _ptr(self.token_type), _ptr(self.weight),
+            _ptr(self.token_type_ids), 0 if self.word is None else self.word.shape[0],
+            _ptr(self.word), self.position.shape[0], _ptr(self.position),
+            self.token_type.shape[0], _ptr(self.token_type), _ptr(self.weight),
         )  # fmt: skip
 
 

@@ -289,7 +289,8 @@ template <class Args>
 void set_embedding_inputs(Args& a, int dtype, int64_t rows, int64_t hidden,
                           const xlmr::Dropout& dropout, Address input_ids, Address inputs_embeds,
                           int64_t inputs_embeds_stride, Address position_ids,
-                          Address token_type_ids, Address word, Address position,
+                          Address token_type_ids, int64_t word_rows, Address word,
+                          int64_t position_rows, Address position, int64_t token_type_rows,
                           Address token_type, Address weight) {
   a.dtype = static_cast<xlmr::DType>(dtype);
   a.rows = rows;
@@ -300,8 +301,11 @@ void set_embedding_inputs(Args& a, int dtype, int64_t rows, int64_t hidden,
   a.inputs_embeds_stride = inputs_embeds_stride;
   a.position_ids = pointer_to<int64_t>(position_ids);
   a.token_type_ids = pointer_to<int64_t>(token_type_ids);
+  a.word_rows = word_rows;
   a.word = pointer(word);
+  a.position_rows = position_rows;
   a.position = pointer(position);
+  a.token_type_rows = token_type_rows;
   a.token_type = pointer(token_type);
   a.weight = pointer(weight);
 }
@@ -309,13 +313,14 @@ void set_embedding_inputs(Args& a, int dtype, int64_t rows, int64_t hidden,
 int64_t embedding_forward(int dtype, int64_t rows, int64_t hidden, double p, int64_t site,
                           Address seed, Address input_ids, Address inputs_embeds,
                           int64_t inputs_embeds_stride, Address position_ids,
-                          Address token_type_ids, Address word, Address position,
+                          Address token_type_ids, int64_t word_rows, Address word,
+                          int64_t position_rows, Address position, int64_t token_type_rows,
                           Address token_type, Address weight, Address bias, double eps, Address y,
                           Address mean, Address rstd, XLMR_TAIL) {
   xlmr::EmbeddingForward a{};
   set_embedding_inputs(a, dtype, rows, hidden, dropout(p, site, seed), input_ids, inputs_embeds,
-                       inputs_embeds_stride, position_ids, token_type_ids, word, position,
-                       token_type, weight);
+                       inputs_embeds_stride, position_ids, token_type_ids, word_rows, word,
+                       position_rows, position, token_type_rows, token_type, weight);
   a.eps = eps;
   a.bias = pointer(bias);
   a.y = pointer(y);
@@ -327,15 +332,16 @@ int64_t embedding_forward(int dtype, int64_t rows, int64_t hidden, double p, int
 int64_t embedding_backward(int dtype, int64_t rows, int64_t hidden, double p, int64_t site,
                            Address seed, Address input_ids, Address inputs_embeds,
                            int64_t inputs_embeds_stride, Address position_ids,
-                           Address token_type_ids, Address word, Address position,
+                           Address token_type_ids, int64_t word_rows, Address word,
+                           int64_t position_rows, Address position, int64_t token_type_rows,
                            Address token_type, Address weight, int64_t padding_idx, Address dy,
                            int64_t dy_stride, Address mean, Address rstd, Address dsum,
                            Address dword, Address dposition, Address dtoken_type, Address dweight,
                            Address dbias, XLMR_TAIL) {
   xlmr::EmbeddingBackward a{};
   set_embedding_inputs(a, dtype, rows, hidden, dropout(p, site, seed), input_ids, inputs_embeds,
-                       inputs_embeds_stride, position_ids, token_type_ids, word, position,
-                       token_type, weight);
+                       inputs_embeds_stride, position_ids, token_type_ids, word_rows, word,
+                       position_rows, position, token_type_rows, token_type, weight);
   a.padding_idx = padding_idx;
   a.dy = pointer(dy);
   a.dy_stride = dy_stride;
@@ -385,14 +391,15 @@ int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden,
                         int64_t num_heads, int64_t batch, int64_t max_seqlen, Address cu_seqlens,
                         double scale, double eps, Address input_ids, Address inputs_embeds,
                         int64_t inputs_embeds_stride, Address position_ids, Address token_type_ids,
-                        Address word, Address position, Address token_type, Address weight,
-                        Address bias, Address word_scale, const std::vector<LayerAddresses>& layers,
+                        int64_t word_rows, Address word, int64_t position_rows, Address position,
+                        int64_t token_type_rows, Address token_type, Address weight, Address bias,
+                        Address word_scale, const std::vector<LayerAddresses>& layers,
                         bool int8_weights, bool first_only, Address y, Address states, XLMR_TAIL) {
   static_assert(sizeof(xlmr::EncoderLayer) == sizeof(LayerAddresses));
   xlmr::EncoderForward a{};
   set_embedding_inputs(a.embedding, dtype, rows, hidden, {}, input_ids, inputs_embeds,
-                       inputs_embeds_stride, position_ids, token_type_ids, word, position,
-                       token_type, weight);
+                       inputs_embeds_stride, position_ids, token_type_ids, word_rows, word,
+                       position_rows, position, token_type_rows, token_type, weight);
   a.embedding.eps = eps;
   a.embedding.bias = pointer(bias);
   a.embedding.word_scale = pointer_to<float>(word_scale);

@@ -10,6 +10,11 @@ namespace xlmr {
 namespace baseline {
 extern const KernelTable table;
 }
+#if defined(XLMR_HAVE_SIMT)
+namespace simt {
+extern const KernelTable table;
+}
+#endif
 #if defined(XLMR_HAVE_AVX2)
 namespace avx2 {
 extern const KernelTable table;
@@ -53,6 +58,9 @@ const std::vector<TableInfo>& built_tables() {
       with_int8(avx512::table, "avx512_vnni", avx512_vnni::int8_ops);
 #endif
   static const std::vector<TableInfo> tables = {
+#if defined(XLMR_HAVE_SIMT)
+      {&simt::table, 0},  // for tests; the slowest by far, so only who names it gets it
+#endif
       {&baseline::table, 0},
 #if defined(XLMR_HAVE_AVX2)
       {&avx2::table, kFeatureAvx2 | kFeatureFma},

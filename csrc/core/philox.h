@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define XLMR_HD __host__ __device__
-#else
-#define XLMR_HD
-#endif
+#include "core/host_device.h"
 
 namespace xlmr {
 // Internal linkage on purpose: this header is compiled once per instruction set.

@@ -3,6 +3,7 @@
 // the C library lane by lane; it serves gradient checks and need not be fast.
 #pragma once
 
+#include "core/gelu.h"
 #include "cpu/isa.h"
 #include "ops.h"
 
@@ -86,11 +87,6 @@ XLMR_INLINE Vec<double> exp(Vec<double> x) { return by_lane<::exp>(x); }
 XLMR_INLINE Vec<double> exp_weight(Vec<double> x) { return exp(x); }
 XLMR_INLINE Vec<double> erf(Vec<double> x) { return by_lane<::erf>(x); }
 XLMR_INLINE Vec<double> tanh(Vec<double> x) { return by_lane<::tanh>(x); }
-
-constexpr double kSqrtHalf = 0.70710678118654752440;     // 1 / sqrt 2
-constexpr double kInvSqrt2Pi = 0.39894228040143267794;   // 1 / sqrt(2 pi)
-constexpr double kSqrt2OverPi = 0.79788456080286535588;  // sqrt(2 / pi)
-constexpr double kGeluCubic = 0.044715;
 
 template <class T>
 struct ValueAndSlope {

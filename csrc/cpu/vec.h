@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "core/sizes.h"
+
 #if !defined(XLMR_ISA)
 #error "compile kernel sources with -DXLMR_ISA=<name of the table>"
 #endif
@@ -19,24 +21,6 @@
 
 namespace xlmr::XLMR_ISA {
 namespace {
-
-template <class A>
-XLMR_INLINE constexpr A min_of(A a, A b) {
-  return b < a ? b : a;
-}
-template <class A>
-XLMR_INLINE constexpr A max_of(A a, A b) {
-  return a < b ? b : a;
-}
-// For a >= 0 and b > 0; results past int64 are its largest value, which no workspace has room for.
-XLMR_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-XLMR_INLINE constexpr int64_t round_up(int64_t a, int64_t b) {
-  return a > INT64_MAX - b ? INT64_MAX : ceil_div(a, b) * b;
-}
-XLMR_INLINE constexpr int64_t product(int64_t a, int64_t b) {
-  int64_t result = 0;
-  return __builtin_mul_overflow(a, b, &result) ? INT64_MAX : result;
-}
 
 template <class T>
 struct Vec;

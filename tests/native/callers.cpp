@@ -176,6 +176,9 @@ class SmallEncoder {
     args_.embedding.eps = 1e-5;
     args_.embedding.input_ids = ids_.data();
     args_.embedding.position_ids = positions_.data();
+    args_.embedding.word_rows = kWords;
+    args_.embedding.position_rows = kPositions;
+    args_.embedding.token_type_rows = 1;
     args_.embedding.word = plain(kWords * kHidden);
     args_.embedding.position = plain(kPositions * kHidden);
     args_.embedding.token_type = plain(kHidden);

@@ -84,6 +84,7 @@ void through_embedding(Line& line, TableRef table, const Setting& s, int64_t row
   args.dropout = s.dropout();
   args.input_ids = ids.data();
   args.position_ids = ids.data();
+  args.word_rows = args.position_rows = args.token_type_rows = 1;
   args.word = row.data();
   args.position = row.data();
   args.token_type = row.data();

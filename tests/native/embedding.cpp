@@ -122,6 +122,9 @@ struct Inputs {
     args.inputs_embeds_stride = embeds.stride();
     args.position_ids = positions.data();
     args.token_type_ids = types.data();
+    args.word_rows = kWords;
+    args.position_rows = kPositions;
+    args.token_type_rows = kTypes;
     args.word = word.data();
     args.position = position.data();
     args.token_type = type.data();

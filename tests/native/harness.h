@@ -89,6 +89,9 @@ void run_op(const xlmr::Op<Args>& op, const Args& args, int32_t threads) {
 
 using TableRef = const xlmr::KernelTable&;
 
+// Whether the table is that of the CUDA kernels: it has no 8-bit products and knows no threads.
+inline bool emulates_cuda(TableRef table) { return std::strcmp(table.name, "simt") == 0; }
+
 // One line of the report: the largest error of an op, in parts of its tolerance.
 class Line {
  public:
@@ -171,5 +174,6 @@ void test_encoder(TableRef table);
 void test_int8_layout();
 void test_int8(TableRef table);
 void test_callers(TableRef table);
+void test_cuda(TableRef table);
 
 }  // namespace test

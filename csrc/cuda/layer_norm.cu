@@ -1,0 +1,83 @@
+// y = LayerNorm(dropout(x) + residual), and its backward.
+#include "cuda/kernels.cuh"
+#include "cuda/norm.cuh"
+
+namespace xlmr::XLMR_CUDA_NS {
+namespace {
+
+template <class T>
+struct ResidualRow {
+  const T* x;
+  const T* residual;  // may be null
+  __device__ __forceinline__ T value(int64_t column, T factor) const {
+    const T kept = x[column] * factor;
+    return residual == nullptr ? kept : kept + residual[column];
+  }
+};
+
+template <class T>
+struct ResidualRows {
+  const T* x;
+  int64_t x_stride;
+  const T* residual;
+  int64_t residual_stride;
+  __device__ __forceinline__ ResidualRow<T> row(int64_t index) const {
+    return {x + index * x_stride,
+            residual == nullptr ? nullptr : residual + index * residual_stride};
+  }
+};
+
+template <class T>
+struct LayerNormForwardLauncher {
+  LayerNormForwardLauncher(Workspace&, const LayerNormForward&) {}
+
+  Status run(const LayerNormForward& a, const ExecContext& ctx) const {
+    NormForward<T> norm{};
+    norm.rows = a.rows;
+    norm.hidden = a.hidden;
+    norm.eps = static_cast<T>(a.eps);
+    norm.before = DropoutMask<T>(a.dropout);
+    norm.weight = static_cast<const T*>(a.weight);
+    norm.bias = static_cast<const T*>(a.bias);
+    norm.y = static_cast<T*>(a.y);
+    norm.sum = static_cast<T*>(a.sum);
+    norm.mean = static_cast<T*>(a.mean);
+    norm.rstd = static_cast<T*>(a.rstd);
+    const ResidualRows<T> rows{static_cast<const T*>(a.x), a.x_stride,
+                               static_cast<const T*>(a.residual), a.residual_stride};
+    return norm_forward("layer_norm_forward", norm, rows, ctx);
+  }
+};
+
+template <class T>
+struct LayerNormBackwardLauncher {
+  ColumnSums<T, 2> sums;
+
+  LayerNormBackwardLauncher(Workspace& space, const LayerNormBackward& a)
+      : sums(space, a.dweight != nullptr, a.rows, a.hidden) {}
+
+  Status run(const LayerNormBackward& a, const ExecContext& ctx) const {
+    NormBackward<T> norm{};
+    norm.rows = a.rows;
+    norm.hidden = a.hidden;
+    norm.before = DropoutMask<T>(a.dropout);
+    norm.dy = static_cast<const T*>(a.dy);
+    norm.dy_stride = a.dy_stride;
+    norm.mean = static_cast<const T*>(a.mean);
+    norm.rstd = static_cast<const T*>(a.rstd);
+    norm.weight = static_cast<const T*>(a.weight);
+    norm.dsum = static_cast<T*>(a.dsum);
+    norm.dx = static_cast<T*>(a.dx);
+    norm.dweight = static_cast<T*>(a.dweight);
+    norm.dbias = static_cast<T*>(a.dbias);
+    const ResidualRows<T> rows{static_cast<const T*>(a.sum), a.sum_stride, nullptr, 0};
+    return norm_backward("layer_norm_backward", norm, rows, sums, ctx);
+  }
+};
+
+}  // namespace
+
+XLMR_DEFINE_OP(layer_norm_forward, LayerNormForward, LayerNormForwardLauncher)
+XLMR_DEFINE_OP(layer_norm_backward, LayerNormBackward, LayerNormBackwardLauncher)
+
+}  // namespace xlmr::XLMR_CUDA_NS

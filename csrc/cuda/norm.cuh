@@ -1,0 +1,162 @@
+// LayerNorm of rows, forward and backward, shared by the LayerNorm and embedding ops. A warp makes
+// a row: three passes forward, two backward, over what it wrote itself or over its inputs again, so
+// a row may be of any length. A `Rows` says what is normalised: rows.row(i).value(column, factor)
+// is an element before the LayerNorm, `factor` being what dropout does to x.
+#pragma once
+
+#include "cuda/column_sums.cuh"
+#include "cuda/dropout.cuh"
+
+namespace xlmr::XLMR_CUDA_NS {
+namespace {
+
+constexpr int kNormWarps = 4;  // of a block
+constexpr int kNormThreads = kNormWarps * kWarp;
+
+template <class T>
+struct NormForward {
+  int64_t rows, hidden;
+  T eps;
+  DropoutMask<T> before, after;  // on what `value` takes as its factor, and on y
+  const T* weight;
+  const T* bias;
+  T* y;
+  T* sum;   // may be null
+  T* mean;  // null together with rstd
+  T* rstd;
+};
+
+// Calls f(column, i) for the columns of a group of four that there are.
+template <class F>
+__device__ __forceinline__ void for_group(int64_t group, int64_t hidden, const F& f) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (4 * group + i < hidden) f(4 * group + i, i);
+  }
+}
+
+template <class T, class Rows>
+__global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(NormForward<T> a, Rows rows) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / kWarp;
+  if (index >= a.rows) return;
+  const auto row = rows.row(index);
+  const int64_t groups = ceil_div(a.hidden, 4);
+  T* y = a.y + index * a.hidden;
+  // The sums wait where each lane finds its own again: in y, where the caller keeps none.
+  T* sum = a.sum != nullptr ? a.sum + index * a.hidden : y;
+  T total = 0;
+  for (int64_t group = lane; group < groups; group += kWarp) {
+    const Quad<T> factor = a.before.factors(0, index, group);
+    for_group(group, a.hidden, [&](int64_t column, int i) {
+      const T value = row.value(column, factor.v[i]);
+      sum[column] = value;
+      total += value;
+    });
+  }
+  const T mean = sum_lanes(total) / static_cast<T>(a.hidden);
+  T squares = 0;
+  for (int64_t group = lane; group < groups; group += kWarp) {
+    for_group(group, a.hidden, [&](int64_t column, int) {
+      const T d = sum[column] - mean;
+      squares = fma(d, d, squares);
+    });
+  }
+  const T variance = sum_lanes(squares) / static_cast<T>(a.hidden);
+  const T rstd = T(1) / sqrt(variance + a.eps);
+  for (int64_t group = lane; group < groups; group += kWarp) {
+    const Quad<T> factor = a.after.factors(0, index, group);
+    for_group(group, a.hidden, [&](int64_t column, int i) {
+      const T h = (sum[column] - mean) * rstd;
+      y[column] = fma(h, a.weight[column], a.bias[column]) * factor.v[i];
+    });
+  }
+  if (lane == 0 && a.mean != nullptr) {
+    a.mean[index] = mean;
+    a.rstd[index] = rstd;
+  }
+}
+
+template <class T>
+struct NormBackward {
+  int64_t rows, hidden;
+  DropoutMask<T> before, after;  // on dx, and on dy
+  const T* dy;
+  int64_t dy_stride;
+  const T* mean;
+  const T* rstd;
+  const T* weight;
+  T* dsum;
+  T* dx;       // may be null
+  T* dweight;  // null together with dbias
+  T* dbias;
+};
+
+// dsum = rstd (g - mean(g) - h mean(g h)) with g = dy * weight and h = (sum - mean) rstd.
+template <class T, class Rows>
+__global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(NormBackward<T> a, Rows rows) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / kWarp;
+  if (index >= a.rows) return;
+  const auto row = rows.row(index);
+  const int64_t groups = ceil_div(a.hidden, 4);
+  const T mean = a.mean[index], rstd = a.rstd[index];
+  const T* dy = a.dy + index * a.dy_stride;
+  T total_g = 0, total_gh = 0;
+  for (int64_t group = lane; group < groups; group += kWarp) {
+    const Quad<T> factor = a.after.factors(0, index, group);
+    for_group(group, a.hidden, [&](int64_t column, int i) {
+      const T g = dy[column] * factor.v[i] * a.weight[column];
+      total_g += g;
+      total_gh = fma(g, (row.value(column, T(1)) - mean) * rstd, total_gh);
+    });
+  }
+  const T mean_g = sum_lanes(total_g) / static_cast<T>(a.hidden);
+  const T mean_gh = sum_lanes(total_gh) / static_cast<T>(a.hidden);
+  for (int64_t group = lane; group < groups; group += kWarp) {
+    const Quad<T> factor = a.after.factors(0, index, group);
+    const Quad<T> dx_factor = a.before.factors(0, index, group);
+    for_group(group, a.hidden, [&](int64_t column, int i) {
+      const T g = dy[column] * factor.v[i] * a.weight[column];
+      const T h = (row.value(column, T(1)) - mean) * rstd;
+      const T dsum = rstd * (g - mean_g - h * mean_gh);
+      a.dsum[index * a.hidden + column] = dsum;
+      if (a.dx != nullptr) a.dx[index * a.hidden + column] = dsum * dx_factor.v[i];
+    });
+  }
+}
+
+// dy * h and dy, whose sums over rows are dweight and dbias.
+template <class T, class Rows>
+struct ParameterTerm {
+  NormBackward<T> a;
+  Rows rows;
+  __device__ void operator()(int64_t index, int64_t column, T (&value)[2]) const {
+    const T dy = a.dy[index * a.dy_stride + column] * a.after.factor(0, index, column);
+    const T sum = rows.row(index).value(column, T(1));
+    value[0] = dy * ((sum - a.mean[index]) * a.rstd[index]);
+    value[1] = dy;
+  }
+};
+
+template <class T, class Rows>
+Status norm_forward(const char* name, const NormForward<T>& a, const Rows& rows,
+                    const ExecContext& ctx) {
+  return launch(name, norm_forward_kernel<T, Rows>, ceil_div(a.rows, kNormWarps), kNormThreads, 0,
+                ctx, a, rows);
+}
+
+template <class T, class Rows>
+Status norm_backward(const char* name, const NormBackward<T>& a, const Rows& rows,
+                     const ColumnSums<T, 2>& sums, const ExecContext& ctx) {
+  if (Status error = launch(name, norm_backward_kernel<T, Rows>, ceil_div(a.rows, kNormWarps),
+                            kNormThreads, 0, ctx, a, rows)) {
+    return error;
+  }
+  if (a.dweight == nullptr) return nullptr;
+  T* const out[2] = {a.dweight, a.dbias};
+  return sums.run(name, a.rows, a.hidden, ParameterTerm<T, Rows>{a, rows}, out, ctx);
+}
+
+}  // namespace
+}  // namespace xlmr::XLMR_CUDA_NS
