@@ -218,6 +218,16 @@ def test_means_are_those_of_the_inputs(isa: str) -> None:
             assert (got - wanted[module]).abs().max() < 1e-5
 
 
+@torch.no_grad()
+def test_means_with_another_padding_id() -> None:
+    model = randomize(XLMRobertaModel(make_config(pad_token_id=4)), 0.1).eval()
+    sequences = [torch.randint(5, 40, (length,)).tolist() for length in (9, 17)]
+    wanted = means_by_hooks(model, sequences)
+    layer = model.encoder.layer[0]
+    got = input_means(model, sequences)[0].hidden
+    assert (got - wanted[layer.attention.self.value]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(("vocabulary", "positions"), [(300, 40), (5, 12), (3, 5)])
 def test_random_sequences(vocabulary: int, positions: int) -> None:
     config = make_config(vocab_size=vocabulary, max_position_embeddings=positions)

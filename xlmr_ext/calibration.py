@@ -53,8 +53,8 @@ def random_sequences(config: XLMRobertaConfig) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand((_TEXTS, _TOKENS - 2), generator=generator, dtype=torch.float64)
     ranks = (uniform * math.log(words + 1)).exp().long().clamp(max=words)
-    longest = int(config.max_position_embeddings) - int(config.pad_token_id) - 1
-    return [[begin, *row, end][:longest] for row in (ranks + (first_word - 1)).tolist()]
+    ids = (ranks + (first_word - 1)).tolist()
+    return [[begin, *row, end][: config.longest_input] for row in ids]
 
 
 def input_means(model: Any, sequences: Sequence[Sequence[int]]) -> list[LayerMeans]:
@@ -74,9 +74,10 @@ def input_means(model: Any, sequences: Sequence[Sequence[int]]) -> list[LayerMea
     sums: list[list[Tensor]] = [[] for _ in model.encoder.layer]
     tokens = 0
     dropout = Dropout(model.config, training=False)
+    pad_token_id = int(model.config.pad_token_id)
     with torch.inference_mode():
         for begin in range(0, len(sequences), _BATCH):
-            batch = PackedBatch.from_sequences(sequences[begin : begin + _BATCH])
+            batch = PackedBatch.from_sequences(sequences[begin : begin + _BATCH], pad_token_id)
             tokens += batch.input_ids.numel()
             hidden = model.embeddings(batch.input_ids, None, batch.position_ids, None, dropout)
             for layer, found in zip(model.encoder.layer, sums, strict=True):

@@ -260,7 +260,7 @@ class XLMRobertaConfig(ConfigSurface):
                 f"pad_token_id must be below vocab_size = {self.vocab_size}, "
                 f"got {self.pad_token_id}"
             )
-        if self.max_position_embeddings <= self.pad_token_id + 1:
+        if self.longest_input < 1:
             raise ValueError(
                 "max_position_embeddings must be above pad_token_id + 1 (positions start there), "
                 f"got {self.max_position_embeddings} with pad_token_id = {self.pad_token_id}"
@@ -273,6 +273,12 @@ class XLMRobertaConfig(ConfigSurface):
                 f"the sizes of this configuration make a model of {parameters:.1e} parameters; "
                 f"at most {_MAX_PARAMETERS:.0e} are accepted"
             )
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens that the position table holds, special tokens included: the first token's position
+        is ``pad_token_id + 1``."""
+        return self.max_position_embeddings - self.pad_token_id - 1
 
     def _refuse_other_models(self) -> None:
         # Settings that would change the result, and that nothing here would act on.

@@ -170,8 +170,7 @@ def _read_fairseq(
     pieces = (path if path.is_dir() else path.parent) / PIECES_NAME
     if not pieces.is_file():
         return model, None, notes
-    longest = config.max_position_embeddings - config.pad_token_id - 1
-    return model, XLMRobertaTokenizer(pieces, model_max_length=longest), notes
+    return model, XLMRobertaTokenizer(pieces, model_max_length=config.longest_input), notes
 
 
 def _read_hugging_face(

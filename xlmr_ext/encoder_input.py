@@ -80,7 +80,7 @@ def from_padded(
                 f"length, {config.hidden_size}]"
             )
         shape = tuple(inputs_embeds.shape[:2])
-    longest = config.max_position_embeddings - config.pad_token_id - 1
+    longest = config.longest_input
     if attention_mask is not None:
         attention_mask = token_mask(attention_mask, shape, device)
     like = input_ids if input_ids is not None else inputs_embeds

@@ -127,7 +127,8 @@ def linear_backward(
     return dx, dweight, dbias, dz
 
 
-def _activate(x: Tensor, activation: str) -> Tensor:
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The feed-forward's activation."""
     if activation == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -162,7 +163,7 @@ def feed_forward_forward(
     pre = F.linear(x, up_weight, up_bias)
     if hidden_addend is not None:
         pre.add_(hidden_addend)
-    y = F.linear(_activate(pre, activation), down_weight, down_bias)
+    y = F.linear(activate(pre, activation), down_weight, down_bias)
     if addend is not None:
         y.add_(addend)
     return y, pre if save else x.new_empty(0)
@@ -186,7 +187,7 @@ def feed_forward_backward(
     check_floating(op, "x", x)
     check_feed_forward_backward(op, grad_y, x, up_weight, down_weight, pre, activation)
     empty = x.new_empty(0)
-    ddown_weight = grad_y.t() @ _activate(pre, activation) if need_down_weight else empty
+    ddown_weight = grad_y.t() @ activate(pre, activation) if need_down_weight else empty
     ddown_bias = grad_y.sum(0) if need_down_bias else empty
     dpre = empty
     if need_x or need_up_weight or need_up_bias or need_hidden_addend:
@@ -256,7 +257,7 @@ def _normalise_backward(
 
 def layer_norm_backward(
     grad_y: Tensor,
-    sum: Tensor,
+    total: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -267,10 +268,10 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "residual_layer_norm backward"
     check_floating(op, "grad_y", grad_y)
-    check_layer_norm_backward(op, grad_y, sum, mean, rstd, weight)
-    mask = row_mask(op, sum, dropout_p, site, seed)
+    check_layer_norm_backward(op, grad_y, total, mean, rstd, weight)
+    mask = row_mask(op, total, dropout_p, site, seed)
     dsum, dweight, dbias = _normalise_backward(
-        wide(grad_y), wide(sum), mean, rstd, weight, need_params
+        wide(grad_y), wide(total), mean, rstd, weight, need_params
     )
     dx = grad_y.new_empty(0) if mask is None else mask.mul_(dsum).to(grad_y.dtype)
     return dsum.to(grad_y.dtype), dx, dweight, dbias

@@ -53,8 +53,9 @@ def freeze(
 
     Raises:
         RuntimeError: it is packed already, in the other type.
-        ValueError: as :class:`FrozenEncoder` and :func:`input_means` have it, ``calibration``
-            comes without int8, or the model is not on the CPU; nothing was changed.
+        ValueError: as :class:`FrozenEncoder` and :func:`input_means` have it; a layer has a hook,
+            an adapter, a parametrization, or was replaced; ``calibration`` comes without int8; or
+            the model is not on the CPU. Nothing was changed.
     """
     int8 = dtype == "int8"
     if calibration is not None and not int8:
@@ -71,6 +72,7 @@ def freeze(
             f"the model is on {base.device}, and optimize_for_inference() packs it for the CPU: "
             "use it as it is, or move it first"
         )
+    _check_plain(encoder)
     if not int8:
         base.encoder = FrozenEncoder.of(encoder)
         return
@@ -81,7 +83,6 @@ def freeze(
             "the word embeddings have a hook or were replaced; dtype='int8' takes a plain table"
         )
     words = QuantizedEmbedding.of(embeddings.word_embeddings)
-    check_plain(encoder)
     means = input_means(base, random_sequences(base.config) if calibration is None else calibration)
     base.encoder = FrozenEncoder.of(encoder, means)
     embeddings.word_embeddings = words
@@ -108,7 +109,7 @@ class FrozenEncoder(nn.Module):
     def of(
         cls, encoder: XLMRobertaEncoder, int8_means: Sequence[LayerMeans] | None = None
     ) -> FrozenEncoder:
-        """Packs plain layers on the CPU, in float32 or float64, and takes them apart.
+        """Packs layers that are plain, on the CPU, in float32 or float64, and takes them apart.
 
         Each weight is released once it is packed, or, in 8 bits, at the end.
 
@@ -116,10 +117,9 @@ class FrozenEncoder(nn.Module):
             int8_means: makes 8-bit weights, with biases that keep the means of the products.
 
         Raises:
-            ValueError: a layer has a hook, an adapter, a parametrization, or was replaced; layers
-                differ in more than their weights; or, in 8 bits, a weight is not finite.
+            ValueError: layers differ in more than their weights; or, in 8 bits, a weight is not
+                finite.
         """
-        check_plain(encoder)
         num_heads, activation, eps = _common_settings(encoder)
         layers: Any = encoder.layer
         inner, hidden = layers[0].intermediate.dense.weight.shape
@@ -132,7 +132,7 @@ class FrozenEncoder(nn.Module):
         if int8_means is not None:
             for number, (layer, means) in enumerate(zip(layers, int8_means, strict=True)):
                 last = number + 1 == len(layers)
-                packed.append(_packed_layer(layer, _int8_packer(number), last, means))
+                packed.append(_packed_layer(layer, _int8_packer(number, means), last))
             del layers[:]
         while len(layers):
             packed.append(_packed_layer(layers[0], _pack_float, last=len(layers) == 1))
@@ -242,7 +242,7 @@ def word_table(embeddings: XLMRobertaEmbeddings) -> tuple[Tensor, Tensor | None]
     return (words.weight.detach(), None) if embeddings.has_word_table() else None
 
 
-def check_plain(encoder: XLMRobertaEncoder) -> None:
+def _check_plain(encoder: XLMRobertaEncoder) -> None:
     """ValueError where a layer does more than its parameters say."""
     for number, layer in enumerate(encoder.layer):
         if not is_fused(layer):  # type: ignore[arg-type]
@@ -269,45 +269,34 @@ def _common_settings(encoder: XLMRobertaEncoder) -> tuple[int, str, float]:
     return settings
 
 
-# A weight [out, in], its bias [out] or None, and in 8 bits the mean of its input [in], to the first
-# two as they are kept.
-_Pack = Callable[[Tensor, "Tensor | None", "Tensor | None"], tuple[PackedWeight, "Tensor | None"]]
+# A weight [out, in], its bias [out] or None, and which of LayerMeans is the mean of its input, to
+# weight and bias as they are kept.
+_Pack = Callable[[Tensor, "Tensor | None", str], tuple[PackedWeight, "Tensor | None"]]
 
 
-def _pack_float(
-    weight: Tensor, bias: Tensor | None, _: Tensor | None
-) -> tuple[PackedWeight, Tensor | None]:
+def _pack_float(weight: Tensor, bias: Tensor | None, _: str) -> tuple[PackedWeight, Tensor | None]:
     return pack_weight(weight), _vector(bias)
 
 
-def _int8_packer(number: int) -> _Pack:
-    def pack(weight: Tensor, bias: Tensor | None, mean: Any) -> tuple[PackedWeight, Tensor]:
+def _int8_packer(number: int, means: LayerMeans) -> _Pack:
+    def pack(weight: Tensor, bias: Tensor | None, mean: str) -> tuple[PackedWeight, Tensor]:
         codes, scale = quantize_rows(weight, f"encoder.layer.{number}")
-        return pack_int8(codes, scale), corrected_bias(bias, weight, codes, scale, mean)
+        bias = corrected_bias(bias, weight, codes, scale, getattr(means, mean))
+        return pack_int8(codes, scale), bias
 
     return pack
 
 
-def _packed_layer(
-    layer: Any, pack: _Pack, last: bool, means: LayerMeans | None = None
-) -> PackedLayer:
+def _packed_layer(layer: Any, pack: _Pack, last: bool) -> PackedLayer:
     attention, output = layer.attention.self, layer.attention.output
     maps = (attention.query, attention.key, attention.value)
-    hidden = None if means is None else means.hidden
     # The last layer's query apart, so that it can be asked for the first tokens alone.
-    parts = [_joined(part, pack, hidden) for part in ((maps[:1], maps[1:]) if last else (maps,))]
+    parts = [_joined(part, pack) for part in ((maps[:1], maps[1:]) if last else (maps,))]
     biases = [bias for _, bias in parts if bias is not None]
-    context, context_bias = pack(
-        output.dense.weight, output.dense.bias, None if means is None else means.context
-    )
-    up, up_bias = pack(
-        layer.intermediate.dense.weight,
-        layer.intermediate.dense.bias,
-        None if means is None else means.attended,
-    )
-    down, down_bias = pack(
-        layer.output.dense.weight, layer.output.dense.bias, None if means is None else means.inner
-    )
+    up_dense, down_dense = layer.intermediate.dense, layer.output.dense
+    context, context_bias = pack(output.dense.weight, output.dense.bias, "context")
+    up, up_bias = pack(up_dense.weight, up_dense.bias, "attended")
+    down, down_bias = pack(down_dense.weight, down_dense.bias, "inner")
     return PackedLayer(
         query_key_value=None if last else parts[0][0],
         query=parts[0][0] if last else None,
@@ -326,12 +315,10 @@ def _packed_layer(
     )
 
 
-def _joined(
-    maps: Sequence[Any], pack: _Pack, mean: Tensor | None
-) -> tuple[PackedWeight, Tensor | None]:
-    """Linear maps of one input as one."""
+def _joined(maps: Sequence[Any], pack: _Pack) -> tuple[PackedWeight, Tensor | None]:
+    """Linear maps of the layer's input as one."""
     biases = [m.bias for m in maps if m.bias is not None]
-    return pack(_rows(m.weight for m in maps), _rows(biases) if biases else None, mean)
+    return pack(_rows(m.weight for m in maps), _rows(biases) if biases else None, "hidden")
 
 
 def _rows(tensors: Iterable[Tensor]) -> Tensor:

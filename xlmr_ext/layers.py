@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xlmr_ext import autograd
 from xlmr_ext.configuration import XLMRobertaConfig
+from xlmr_ext.fallback import activate
 
 # Hugging Face's names for the activations, and ours.
 ACTIVATIONS = {
@@ -362,10 +363,7 @@ class XLMRobertaIntermediate(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        pre = self.dense(hidden)
-        if self.activation == "relu":
-            return F.relu(pre)
-        return F.gelu(pre, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return activate(self.dense(hidden), self.activation)
 
 
 class XLMRobertaLayer(nn.Module):

@@ -86,8 +86,7 @@ def agreement(confusion: Sequence[Sequence[int]]) -> tuple[float, float]:
 
 def longest_input(model: PreTrainedModel) -> int:
     """Tokens that the model's position table holds, special tokens included."""
-    config = model.config
-    return int(config.max_position_embeddings) - int(config.pad_token_id) - 1
+    return int(model.config.longest_input)
 
 
 def classifier_labels(model: XLMRobertaForSequenceClassification) -> list[str]:
