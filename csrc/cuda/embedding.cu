@@ -83,16 +83,8 @@ struct EmbeddingForwardLauncher {
   EmbeddingForwardLauncher(Workspace&, const EmbeddingForward&) {}
 
   Status run(const EmbeddingForward& a, const ExecContext& ctx) const {
-    NormForward<T> norm{};
-    norm.rows = a.rows;
-    norm.hidden = a.hidden;
-    norm.eps = static_cast<T>(a.eps);
+    NormForward<T> norm = norm_forward_of<T>(a);
     norm.after = DropoutMask<T>(a.dropout);
-    norm.weight = static_cast<const T*>(a.weight);
-    norm.bias = static_cast<const T*>(a.bias);
-    norm.y = static_cast<T*>(a.y);
-    norm.mean = static_cast<T*>(a.mean);
-    norm.rstd = static_cast<T*>(a.rstd);
     return norm_forward("embedding_forward", norm, EmbeddingRows<T>(a, a.word_scale), ctx);
   }
 };
@@ -162,18 +154,8 @@ struct EmbeddingBackwardLauncher {
       : sums(space, a.dweight != nullptr, a.rows, a.hidden) {}
 
   Status run(const EmbeddingBackward& a, const ExecContext& ctx) const {
-    NormBackward<T> norm{};
-    norm.rows = a.rows;
-    norm.hidden = a.hidden;
+    NormBackward<T> norm = norm_backward_of<T>(a);
     norm.after = DropoutMask<T>(a.dropout);
-    norm.dy = static_cast<const T*>(a.dy);
-    norm.dy_stride = a.dy_stride;
-    norm.mean = static_cast<const T*>(a.mean);
-    norm.rstd = static_cast<const T*>(a.rstd);
-    norm.weight = static_cast<const T*>(a.weight);
-    norm.dsum = static_cast<T*>(a.dsum);
-    norm.dweight = static_cast<T*>(a.dweight);
-    norm.dbias = static_cast<T*>(a.dbias);
     if (Status error =
             norm_backward("embedding_backward", norm, EmbeddingRows<T>(a, nullptr), sums, ctx)) {
       return error;

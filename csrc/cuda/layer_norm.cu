@@ -32,17 +32,9 @@ struct LayerNormForwardLauncher {
   LayerNormForwardLauncher(Workspace&, const LayerNormForward&) {}
 
   Status run(const LayerNormForward& a, const ExecContext& ctx) const {
-    NormForward<T> norm{};
-    norm.rows = a.rows;
-    norm.hidden = a.hidden;
-    norm.eps = static_cast<T>(a.eps);
+    NormForward<T> norm = norm_forward_of<T>(a);
     norm.before = DropoutMask<T>(a.dropout);
-    norm.weight = static_cast<const T*>(a.weight);
-    norm.bias = static_cast<const T*>(a.bias);
-    norm.y = static_cast<T*>(a.y);
     norm.sum = static_cast<T*>(a.sum);
-    norm.mean = static_cast<T*>(a.mean);
-    norm.rstd = static_cast<T*>(a.rstd);
     const ResidualRows<T> rows{static_cast<const T*>(a.x), a.x_stride,
                                static_cast<const T*>(a.residual), a.residual_stride};
     return norm_forward("layer_norm_forward", norm, rows, ctx);
@@ -57,19 +49,9 @@ struct LayerNormBackwardLauncher {
       : sums(space, a.dweight != nullptr, a.rows, a.hidden) {}
 
   Status run(const LayerNormBackward& a, const ExecContext& ctx) const {
-    NormBackward<T> norm{};
-    norm.rows = a.rows;
-    norm.hidden = a.hidden;
+    NormBackward<T> norm = norm_backward_of<T>(a);
     norm.before = DropoutMask<T>(a.dropout);
-    norm.dy = static_cast<const T*>(a.dy);
-    norm.dy_stride = a.dy_stride;
-    norm.mean = static_cast<const T*>(a.mean);
-    norm.rstd = static_cast<const T*>(a.rstd);
-    norm.weight = static_cast<const T*>(a.weight);
-    norm.dsum = static_cast<T*>(a.dsum);
     norm.dx = static_cast<T*>(a.dx);
-    norm.dweight = static_cast<T*>(a.dweight);
-    norm.dbias = static_cast<T*>(a.dbias);
     const ResidualRows<T> rows{static_cast<const T*>(a.sum), a.sum_stride, nullptr, 0};
     return norm_backward("layer_norm_backward", norm, rows, sums, ctx);
   }

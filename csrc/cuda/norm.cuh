@@ -26,6 +26,21 @@ struct NormForward {
   T* rstd;
 };
 
+// What the arguments of the two ops have alike; dropout and `sum` are left to them.
+template <class T, class Args>
+NormForward<T> norm_forward_of(const Args& a) {
+  NormForward<T> norm{};
+  norm.rows = a.rows;
+  norm.hidden = a.hidden;
+  norm.eps = static_cast<T>(a.eps);
+  norm.weight = static_cast<const T*>(a.weight);
+  norm.bias = static_cast<const T*>(a.bias);
+  norm.y = static_cast<T*>(a.y);
+  norm.mean = static_cast<T*>(a.mean);
+  norm.rstd = static_cast<T*>(a.rstd);
+  return norm;
+}
+
 // Calls f(column, i) for the columns of a group of four that there are.
 template <class F>
 __device__ __forceinline__ void for_group(int64_t group, int64_t hidden, const F& f) {
@@ -91,6 +106,23 @@ struct NormBackward {
   T* dweight;  // null together with dbias
   T* dbias;
 };
+
+// What the arguments of the two ops have alike; dropout and `dx` are left to them.
+template <class T, class Args>
+NormBackward<T> norm_backward_of(const Args& a) {
+  NormBackward<T> norm{};
+  norm.rows = a.rows;
+  norm.hidden = a.hidden;
+  norm.dy = static_cast<const T*>(a.dy);
+  norm.dy_stride = a.dy_stride;
+  norm.mean = static_cast<const T*>(a.mean);
+  norm.rstd = static_cast<const T*>(a.rstd);
+  norm.weight = static_cast<const T*>(a.weight);
+  norm.dsum = static_cast<T*>(a.dsum);
+  norm.dweight = static_cast<T*>(a.dweight);
+  norm.dbias = static_cast<T*>(a.dbias);
+  return norm;
+}
 
 // dsum = rstd (g - mean(g) - h mean(g h)) with g = dy * weight and h = (sum - mean) rstd.
 template <class T, class Rows>
