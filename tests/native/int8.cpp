@@ -48,21 +48,27 @@ int64_t dot(const QuantizedRow& row, const Int8Values& w, int64_t channel) {
   return sum;
 }
 
-float sum_of(const Int8Values& w, int64_t channel) {
-  int32_t sum = 0;
-  for (int64_t k = 0; k < w.in; ++k) sum += w.q[size_t(channel * w.in + k)];
-  return float(sum);
+// Of a channel's q, over k.
+std::vector<float> sums_of(const Int8Values& w) {
+  std::vector<float> sums;
+  for (int64_t o = 0; o < w.out; ++o) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < w.in; ++k) sum += w.q[size_t(o * w.in + k)];
+    sums.push_back(float(sum));
+  }
+  return sums;
 }
 
 // x [rows, in] W^T + bias + addend; the last two may be empty.
 std::vector<float> product(const std::vector<float>& x, const Int8Values& w,
                            const std::vector<float>& bias, const std::vector<float>& addend) {
   std::vector<float> y;
+  const std::vector<float> sums = sums_of(w);
   const int64_t rows = int64_t(x.size()) / w.in;
   for (int64_t row = 0; row < rows; ++row) {
     const QuantizedRow quantized_row = quantize(x.data() + row * w.in, w.in);
     for (int64_t o = 0; o < w.out; ++o) {
-      const float scale = w.scale[size_t(o)], sum = scale * sum_of(w, o);
+      const float scale = w.scale[size_t(o)], sum = scale * sums[size_t(o)];
       const float moving = float(int32_t(dot(quantized_row, w, o))) * (quantized_row.scale * scale);
       const float still = quantized_row.centre * sum;
       float v = moving + still;
@@ -300,6 +306,7 @@ std::vector<Num<double>> second_product(const FeedForward& p,
                                         const std::vector<Num<double>>& hidden) {
   constexpr double unit = std::numeric_limits<float>::epsilon() / 2;
   std::vector<Num<double>> y;
+  const std::vector<float> sums = sums_of(p.down);
   const int64_t inner = p.down.in;
   for (int64_t row = 0; row < p.rows; ++row) {
     const Num<double>* h = hidden.data() + row * inner;
@@ -330,7 +337,7 @@ std::vector<Num<double>> second_product(const FeedForward& p,
       }
       const double channel = double(p.down.scale[size_t(o)]), factor = scale * channel;
       const double moving = double(dot(quantized_row, p.down, o)) * factor;
-      const double total = double(sum_of(p.down, o)) * channel, still = centre * total;
+      const double total = double(sums[size_t(o)]) * channel, still = centre * total;
       const double size = std::fabs(moving) + std::fabs(still);
       Num<double> sum{
           moving + still,
