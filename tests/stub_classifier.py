@@ -24,6 +24,7 @@ class StubClassifier(torch.nn.Module):
             vocab_size=VOCABULARY,
             pad_token_id=1,
             max_position_embeddings=34,
+            longest_input=32,
             num_labels=num_labels,
             problem_type=None,
             id2label={index: f"LABEL_{index}" for index in range(num_labels)},
