@@ -71,6 +71,10 @@ class Padded(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, self.config = model, model.config
+        # What our configuration tells by itself.
+        self.config.longest_input = (
+            self.config.max_position_embeddings - 1 - self.config.pad_token_id
+        )
 
     @property
     def device(self) -> torch.device:
