@@ -8,9 +8,10 @@ XQuAD (Artetxe et al. 2020, arXiv 1910.11856), measures EM and F1 on its last 16
 German. Zero-shot across languages, small on purpose: what counts is that both sides agree.
 
 Our side is `xlmr_ext.training.finetune`; theirs a plain PyTorch loop over transformers' model and
-batches padded to their longest. Both get AdamW, warm-up 10 % then linear decay to 0, weight decay
-0.01 on matrices, clipping at 1.0, and the same rows. Answers and entities are read from either
-side's logits by the same code.
+batches padded to their longest. Both get the same new head, AdamW, warm-up 10 % then linear decay
+to 0, weight decay 0.01 on matrices, clipping at 1.0, and the same batches in the same order: what
+differs is dropout's masks. Answers and entities are read from either side's logits by the same
+code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from xlmr_ext import PackedBatch, XLMRobertaTokenizer
+from xlmr_ext.data import LengthBatches
 from xlmr_ext.tasks.base import Features, Task
 from xlmr_ext.tasks.registry import head_class, read_data, task_class
 from xlmr_ext.training import finetune, seed_everything
@@ -38,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tokens": {"epochs": 4, "batch_size": 16, "max_length": 128},
     "qa": {"epochs": 3, "batch_size": 8, "max_length": 384},
 }
+HEADS = {"tokens": "classifier", "qa": "qa_outputs"}
 THEIRS = {"tokens": "AutoModelForTokenClassification", "qa": "AutoModelForQuestionAnswering"}
 
 
@@ -104,30 +106,36 @@ class Padded(nn.Module):
         return loss
 
 
-def train_theirs(model: Padded, features: Features, recipe: dict[str, Any]) -> None:
+def train_theirs(model: Padded, features: Features, recipe: dict[str, Any], seed: int) -> None:
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
-    size = recipe["batch_size"]
-    total = recipe["epochs"] * -(-len(features.sequences) // size)
+    batches = LengthBatches(features.lengths(), recipe["batch_size"], seed=seed)
+    total = recipe["epochs"] * len(batches)
     warmup, step = max(1, round(0.1 * total)), 0
     model.train()
-    for _ in range(recipe["epochs"]):
-        order = random.sample(range(len(features.sequences)), len(features.sequences))
-        for first in range(0, len(order), size):
-            rows = order[first : first + size]
+    for epoch in range(1, recipe["epochs"] + 1):
+        for examples in batches.epoch(epoch):
+            rows = features.rows(examples)
             batch = PackedBatch.from_sequences([features.sequences[row] for row in rows])
             step += 1
             factor = step / warmup if step <= warmup else (total + 1 - step) / (total + 1 - warmup)
             for group in optimizer.param_groups:
                 group["lr"] = RATE * factor
-            model.loss(batch, [features.targets[row] for row in rows]).backward()
+            model.loss(batch, [features.targets[example] for example in examples]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
     model.eval()
+
+
+def draw_head(head: nn.Linear, seed: int) -> None:
+    """The new head by its seed alone: from_pretrained's draws are each library's own."""
+    numbers = torch.Generator().manual_seed(seed)
+    nn.init.normal_(head.weight, std=0.02, generator=numbers)
+    nn.init.zeros_(head.bias)
 
 
 def measure(task: Task, model: Any, tests: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -156,6 +164,8 @@ def run(arguments: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
         settings = {} if arguments.trained else settings
         theirs = getattr(transformers, THEIRS[name]).from_pretrained(source, **settings)
         model = Padded(theirs)
+    if side == "ours" or arguments.trained is None:
+        draw_head(getattr(model if side == "ours" else theirs, HEADS[name]), seed)
     task = task_class(name)(model, tokenizer, max_length=recipe["max_length"])
     task.settle(train)
     started = time.monotonic()
@@ -165,7 +175,7 @@ def run(arguments: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
             epochs=recipe["epochs"], batch_size=recipe["batch_size"],
         )  # fmt: skip
     elif arguments.trained is None:
-        train_theirs(model, task.features(train, training=True), recipe)
+        train_theirs(model, task.features(train, training=True), recipe, seed)
     seconds = time.monotonic() - started
     return {"side": side, "seed": seed, "seconds": seconds, **measure(task, model, tests)}
 
