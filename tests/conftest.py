@@ -105,11 +105,13 @@ def every_isa() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on this table of kernels; the name of it, ``cuda`` on a GPU."""
-    from xlmr_ext import _launch
+    from xlmr_ext import _launch, cuda_support
 
-    if request.param != "cuda":
+    if request.param == "cuda":
+        monkeypatch.setattr(cuda_support, "gemm", "native")
+    else:
         _launch.set_isa(request.param)
     yield request.param
     _launch.set_isa(os.environ.get("XLMR_EXT_ISA") or _launch.isas()[-1])

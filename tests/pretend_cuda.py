@@ -123,8 +123,9 @@ class PretendKernels:
 
 
 def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> PretendKernels:
-    """Makes this a build with CUDA kernels."""
+    """Makes this a build with CUDA kernels, all of them in use."""
     kernels = PretendKernels()
+    monkeypatch.setattr(cuda_support, "gemm", "native")
     monkeypatch.setattr(cuda_support, "_cuda", kernels)
     monkeypatch.setattr(torch.cuda, "current_stream", _current_stream)
     for name in ("refusal", "dtype_codes"):  # without what they remember of the real build

@@ -24,6 +24,7 @@ from torch import Tensor
 from xlmr_ext import (
     XLMRobertaConfig,
     XLMRobertaModel,
+    _launch,
     _launch_encoder,
     build_info,
     cuda_support,
@@ -61,6 +62,26 @@ def test_ops_of_cuda_tensors_are_the_kernels(
             assert got.device == CUDA
             assert_same_bits(got.to("cpu"), expected, call.op)
     assert {op for op, _ in kernels.called} == set(OP_NAMES)
+
+
+def test_products_may_be_torchs(
+    cuda: PretendCuda, kernels: PretendKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a notice: nothing is amiss. ``None`` is an environment that says nothing."""
+    for value, ours in {"native": True, "torch": False, "auto": False, None: False}.items():
+        monkeypatch.setattr(cuda_support, "gemm", cuda_support.chosen_gemm(value))
+        kernels.called.clear()
+        for call in op_calls(torch.float32):
+            wanted = call.run()
+            for got, expected in zip(call.mapped(on_cuda).run(), wanted, strict=True):
+                torch.testing.assert_close(got.to("cpu"), expected, rtol=1e-4, atol=1e-5)
+        products = {"linear_forward", "linear_backward"}
+        products |= {"feed_forward_forward", "feed_forward_backward"}
+        assert {op for op, _ in kernels.called} == set(OP_NAMES) - (set() if ours else products)
+    with pytest.raises(
+        ValueError, match=r"^XLMR_EXT_CUDA_GEMM=cublas: expected auto, native or torch$"
+    ):
+        cuda_support.chosen_gemm("cublas")
 
 
 def test_a_workspace_is_torchs_and_as_large_as_was_asked(
@@ -117,6 +138,26 @@ def test_the_host_reads_no_values(cuda: PretendCuda, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "aminmax", lambda t: pytest.fail("the host waits"))
     for call in moved:
         call.run()
+
+
+def test_ids_out_of_range_on_the_device(cuda: PretendCuda) -> None:
+    """Where the host cannot look at ids a row of NaN says so; the emulator runs the kernel."""
+    if "simt" not in _launch.isas():
+        pytest.skip("this build has no emulator")
+    before = build_info()["table"]
+    _launch.set_isa("simt")
+    try:
+        tables = [randn(n, 8, dtype=torch.float32).to("cuda:0") for n in (5, 4, 2, 1, 1)]
+        weight, bias = (t[0] for t in tables[3:])
+        ids, places = (torch.tensor(t).to("cuda:0") for t in ([1, 5, -1, 2**40, 0], [0] * 5))
+        y, *_ = OPS.embedding_forward(
+            ids, None, places, None, *tables[:3], weight, bias, 1e-5, 0.0, 0, None
+        )
+    finally:
+        _launch.set_isa(before)
+    bad = torch.tensor([False, True, True, True, False])
+    assert torch.equal(y.to("cpu").isnan().all(1), bad)
+    assert y.to("cpu")[~bad].isfinite().all()
 
 
 # --- What cannot be ------------------------------------------------------------------------------
@@ -248,6 +289,7 @@ def test_info(kernels: PretendKernels, capsys: pytest.CaptureFixture[str]) -> No
         "runtime": "13.0",
         "architectures": ["90-real", "90-virtual"],
         "types": ["float32", "float64"],
+        "gemm": "native",
         "cuda:0": "runs the CUDA kernels",
         "cuda:1": "the CUDA kernels were built for 90-real, 90-virtual, and cuda:1 has compute "
         "capability 7.5",

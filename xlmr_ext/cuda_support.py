@@ -6,6 +6,7 @@ beginning of the notice that says so.
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from types import ModuleType
@@ -23,6 +24,21 @@ except ModuleNotFoundError:
     _cuda, _not_loaded = None, "this build of xlmr_ext has no CUDA kernels"
 except ImportError as error:  # built, but not for this system; the CPU needs nothing of it
     _cuda, _not_loaded = None, f"the CUDA kernels of this build do not load ({error})"
+
+
+def chosen_gemm(value: str | None) -> str:
+    """``native`` or ``torch``, as ``XLMR_EXT_CUDA_GEMM`` asks: whose products linear maps and the
+    feed-forward network take. ``auto`` is torch's, until ours were measured on a GPU.
+
+    Raises:
+        ValueError: it is none of ``auto``, ``native``, ``torch``.
+    """
+    if value not in (None, "", "auto", "native", "torch"):
+        raise ValueError(f"XLMR_EXT_CUDA_GEMM={value}: expected auto, native or torch")
+    return "native" if value == "native" else "torch"
+
+
+gemm = chosen_gemm(os.environ.get("XLMR_EXT_CUDA_GEMM"))
 
 
 def is_built() -> bool:
@@ -122,6 +138,7 @@ def describe() -> dict[str, Any]:
         "runtime": _version(_cuda.runtime),
         "architectures": list(_cuda.architectures),
         "types": [_name(dtype) for dtype in dtype_codes()],
+        "gemm": gemm,
         **(found or {"devices": refused or "none"}),
     }
 

@@ -33,15 +33,17 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
 def _on_cuda(name: str) -> Callable[..., Any]:
     """An op for CUDA tensors: by our kernels where they can, by torch's operators elsewhere."""
     native, by_torch = getattr(_launch, name), fallback.on_cuda(getattr(fallback, name))
+    is_product = name.startswith(("linear", "feed_forward"))
 
     def run(*args: Any) -> Any:
         first = _first_of_numbers(args)
         if first is None or first.device.type != "cuda":
             return by_torch(*args)  # tensors on two devices: its checks name them
         refused = cuda_support.refusal(first.device.index, first.dtype)
-        if refused is None:
+        if refused is not None:
+            fallback.say_once(refused)
+        elif cuda_support.gemm == "native" or not is_product:
             return native(*args)
-        fallback.say_once(refused)
         return by_torch(*args)
 
     return run
