@@ -140,24 +140,39 @@ def test_the_host_reads_no_values(cuda: PretendCuda, monkeypatch: pytest.MonkeyP
         call.run()
 
 
-def test_ids_out_of_range_on_the_device(cuda: PretendCuda) -> None:
-    """Where the host cannot look at ids a row of NaN says so; the emulator runs the kernel."""
+@pytest.fixture
+def emulated(cuda: PretendCuda) -> Iterator[None]:
+    """The kernels themselves, over the emulator, on the pretended device's memory."""
     if "simt" not in _launch.isas():
         pytest.skip("this build has no emulator")
     before = build_info()["table"]
     _launch.set_isa("simt")
-    try:
-        tables = [randn(n, 8, dtype=torch.float32).to("cuda:0") for n in (5, 4, 2, 1, 1)]
-        weight, bias = (t[0] for t in tables[3:])
-        ids, places = (torch.tensor(t).to("cuda:0") for t in ([1, 5, -1, 2**40, 0], [0] * 5))
-        y, *_ = OPS.embedding_forward(
-            ids, None, places, None, *tables[:3], weight, bias, 1e-5, 0.0, 0, None
-        )
-    finally:
-        _launch.set_isa(before)
+    yield
+    _launch.set_isa(before)
+
+
+def test_ids_out_of_range_on_the_device(emulated: None) -> None:
+    """Where the host cannot look at ids, a row of NaN says so."""
+    tables = [randn(n, 8, dtype=torch.float32).to("cuda:0") for n in (5, 4, 2, 1, 1)]
+    weight, bias = (t[0] for t in tables[3:])
+    ids, places = (torch.tensor(t).to("cuda:0") for t in ([1, 5, -1, 2**40, 0], [0] * 5))
+    y, *_ = OPS.embedding_forward(
+        ids, None, places, None, *tables[:3], weight, bias, 1e-5, 0.0, 0, None
+    )
     bad = torch.tensor([False, True, True, True, False])
     assert torch.equal(y.to("cpu").isnan().all(1), bad)
     assert y.to("cpu")[~bad].isfinite().all()
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 2**30], [0, -(2**30), 6], [0, 2**30, 2**30]])
+def test_offsets_out_of_range_on_the_device(emulated: None, offsets: list[int]) -> None:
+    """Nothing beyond the rows is read or written, or the process would end."""
+    query, key, value = (randn(6, 10, dtype=torch.float32).to("cuda:0") for _ in range(3))
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32).to("cuda:0")
+    shape = (cu_seqlens, 6, 2, 0.5, 0.0, 0, None)
+    out, lse = OPS.attention_forward(query, key, value, *shape)
+    for result in OPS.attention_backward(out, query, key, value, out, lse, *shape):
+        assert result.shape == (6, 10)
 
 
 # --- What cannot be ------------------------------------------------------------------------------
