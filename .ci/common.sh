@@ -54,6 +54,40 @@ build_native() {  # build_native DIRECTORY [CMAKE OPTION...]
   .venv/bin/cmake --build "$1"
 }
 
+# The Python modules of a build come with the package that .venv has: package_with FOLDER MODULE...
+package_with() {
+  mkdir -p "$1"
+  cp -r "$(cd "$scratch" && "$root/.venv/bin/python" -c \
+    'import pathlib, xlmr_ext; print(pathlib.Path(xlmr_ext.__file__).parent)')" "$1/xlmr_ext"
+  cp "${@:2}" "$1/xlmr_ext/"
+}
+
+# What a build of the Python modules needs to know.
+python_options() {
+  printf -- '-DXLMR_EXT_PYTHON=ON\n-DPython_EXECUTABLE=%s\n-DCMAKE_PREFIX_PATH=%s\n' \
+    "$root/.venv/bin/python" "$("$root/.venv/bin/python" -m pybind11 --cmakedir)"
+}
+
+# _cuda for these architectures, the registers of its kernels, and its tests that need no GPU.
+build_cuda() {  # build_cuda DIRECTORY ARCHITECTURES
+  if ! command -v nvcc >/dev/null; then
+    printf 'not run: there is no nvcc here\n'
+    return
+  fi
+  mapfile -t options < <(python_options)
+  .venv/bin/cmake -S . -B "$1" -G Ninja -DCMAKE_MAKE_PROGRAM="$root/.venv/bin/ninja" \
+    -DXLMR_EXT_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$2" -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
+    "${options[@]}" >"$scratch/cmake.log" || { cat "$scratch/cmake.log"; return 1; }
+  .venv/bin/cmake --build "$1" --target _cuda >"$scratch/nvcc.log" ||
+    { cat "$scratch/nvcc.log"; return 1; }
+  .venv/bin/python tests/simt/kernel_resources.py "$scratch/nvcc.log"
+  package_with "$scratch/cuda" "$1"/_cuda*.so
+  PYTHONPATH="$scratch/cuda" .venv/bin/xlmr-ext info
+  PYTHONPATH="$scratch/cuda" .venv/bin/pytest -q tests/test_cuda_kernels.py \
+    tests/test_package.py -k 'cuda_kernels or stub'
+  rm -r "$scratch/cuda"
+}
+
 # The names of the tables that a report of the native tests says were run.
 tables_run() { awk '/ cases / { print $1 }' "$1" | sort -u | paste -sd ' '; }
 

@@ -15,25 +15,46 @@ import torch
 if TYPE_CHECKING:
     from xlmr_ext import XLMRobertaConfig
 
-# CUDA joins here once its kernels are there.
-DEVICES = ["cpu"]
 DTYPES = [torch.float32, torch.float64]
 
 
 def _isas() -> list[str]:
     """The tables that this build has and this processor runs; of tables that differ in their 8-bit
-    products alone, the fastest."""
+    products alone, the fastest. ``simt``, the CUDA kernels under the emulator, is one where built.
+    """
     try:
         from xlmr_ext import _C, _launch
     except ImportError:
         # Collected all the same, so that the tests fail instead of vanishing.
         return ["not-built"]
+    forced = os.environ.get("XLMR_EXT_ISA")
+    if forced:
+        return [forced]
     before, names = _C.table_name(), {}
     for name in _launch.isas():
         _launch.set_isa(name)
         names[_C.layout_name()] = name
     _launch.set_isa(before)
     return list(names.values())
+
+
+def no_cuda_kernels() -> str | None:
+    """Why nothing can be tested on a GPU here; None where it can."""
+    from xlmr_ext import cuda_support
+
+    if not torch.cuda.is_available():
+        return "torch has no GPU here"
+    return cuda_support.refusal(0, torch.float32)
+
+
+def _places() -> list[Any]:
+    """Where an op is computed: each table on the CPU, and a GPU."""
+    places: list[Any] = [(isa, "cpu") for isa in _isas()]
+    if os.environ.get("XLMR_EXT_ISA") or places == [("not-built", "cpu")]:
+        return places
+    reason = no_cuda_kernels()
+    marks = pytest.mark.skipif(reason is not None, reason=str(reason))
+    return [*places, pytest.param("cuda", "cuda", marks=marks)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,10 +72,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # The table varies slowest, so that a failure list reads table by table.
-    if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", _isas(), indirect=True)
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES)
+        metafunc.parametrize(("isa", "device"), _places(), indirect=["isa"])
+    elif "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", _isas(), indirect=True)
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -76,19 +97,22 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def every_isa() -> Iterator[list[str]]:
-    """All tables; the test calls ``_launch.set_isa`` itself."""
+    """All tables of processors; the test calls ``_launch.set_isa`` itself."""
     from xlmr_ext import _launch
 
-    yield list(_launch.isas())
+    yield [name for name in _launch.isas() if name != "simt"]
     _launch.set_isa(os.environ.get("XLMR_EXT_ISA") or _launch.isas()[-1])
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on this table of kernels; the name of it."""
-    from xlmr_ext import _launch
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test on this table of kernels; the name of it, ``cuda`` on a GPU."""
+    from xlmr_ext import _launch, cuda_support
 
-    _launch.set_isa(request.param)
+    if request.param == "cuda":
+        monkeypatch.setattr(cuda_support, "gemm", "native")
+    else:
+        _launch.set_isa(request.param)
     yield request.param
     _launch.set_isa(os.environ.get("XLMR_EXT_ISA") or _launch.isas()[-1])
 

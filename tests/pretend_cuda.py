@@ -7,12 +7,19 @@ real device.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from xlmr_ext import _C, cuda_support, fallback_dropout
 
 CUDA = torch.device("cuda:0")
 _KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -69,6 +76,9 @@ class PretendTensor(Tensor):
     def __invert__(self) -> Tensor:
         return _aten.bitwise_not.default(self)
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     def contiguous(self) -> Tensor:
         return self if self.is_contiguous() else _aten.clone.default(self)
 
@@ -77,6 +87,56 @@ class PretendTensor(Tensor):
         if func is torch.ops.prim.device.default:
             return CUDA
         raise RuntimeError(f"{func} of a tensor that pretends, outside of PretendCuda")
+
+
+STREAM = 0x57BEA4
+
+
+class PretendKernels:
+    """Stands in for ``xlmr_ext._cuda``: its ops are those of the table in use on the CPU, where
+    pretending tensors have their memory. ``called`` has the op of every call, with the bytes of
+    workspace that came."""
+
+    dtypes: ClassVar = {"float32": 0, "float64": 1}
+    architectures = ("90-real", "90-virtual")
+    compiler, runtime = "pretended", 13000
+
+    def __init__(self) -> None:
+        self.called: list[tuple[str, int]] = []
+        self.fails = ""
+
+    def machine(self) -> dict[str, Any]:
+        return {"error": "", "driver": 13000, "capabilities": [90]}
+
+    def __getattr__(self, op: str) -> Any:
+        native = getattr(_C, op)
+
+        def call(*args: Any) -> int:
+            *integers, device, stream, workspace, size = args
+            assert (device, stream) == (0, STREAM)
+            self.called.append((op, size))
+            if self.fails:
+                raise RuntimeError(self.fails)
+            return native(*integers, 1, workspace, size)
+
+        return call
+
+
+def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> PretendKernels:
+    """Makes this a build with CUDA kernels, all of them in use."""
+    kernels = PretendKernels()
+    monkeypatch.setattr(cuda_support, "gemm", "native")
+    monkeypatch.setattr(cuda_support, "_cuda", kernels)
+    monkeypatch.setattr(torch.cuda, "current_stream", _current_stream)
+    for name in ("refusal", "dtype_codes"):  # without what they remember of the real build
+        function = getattr(cuda_support, name).__wrapped__
+        monkeypatch.setattr(cuda_support, name, function)
+    return kernels
+
+
+def _current_stream(device: torch.device) -> Any:
+    assert device == CUDA
+    return SimpleNamespace(cuda_stream=STREAM)
 
 
 class PretendCuda(TorchDispatchMode):
@@ -135,3 +195,30 @@ def _inner(x: Any) -> Any:
 def _wrapped(t: Tensor, of_inner: dict[int, PretendTensor]) -> PretendTensor:
     known = of_inner.get(id(t))
     return PretendTensor(t) if known is None else known
+
+
+@contextmanager
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
+    """Within, cuda:0 can be named; what is there is computed on the CPU."""
+    if torch.cuda.is_available():
+        pytest.skip("torch has a GPU here")
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    make = torch.tensor
+    # torch keeps a set of its constructors for `with torch.device(...)`: not of ours.
+    _device_constructors()
+
+    def tensor(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        # torch.tensor itself reaches the device past all modes.
+        return make(*args, **options).to(device)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    real = fallback_dropout.generator
+    on_cpu = torch.device("cpu")
+    monkeypatch.setattr(fallback_dropout, "generator", lambda _, *how: real(on_cpu, *how))
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with PretendCuda() as mode:
+        yield mode
+    torch.__future__.set_overwrite_module_params_on_conversion(before)

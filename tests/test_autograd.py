@@ -31,8 +31,8 @@ class Case(NamedTuple):
     def oracle(self, *tensors: Tensor) -> Tensor:
         return self.function(reference, *tensors)
 
-    def leaves(self) -> list[Tensor]:
-        return [x.clone().requires_grad_() for x in self.tensors]
+    def leaves(self, device: str = "cpu") -> list[Tensor]:
+        return [x.clone().to(device).requires_grad_() for x in self.tensors]
 
 
 def make_cases(
@@ -107,18 +107,25 @@ def make_cases(
 
     norm, shift, residual = make(hidden), make(hidden), make(rows, hidden)
     word, position, types = make(11, hidden), make(7, hidden), make(2, hidden)
-    ids, places, kinds = (torch.randint(n, (rows,)) for n in (11, 7, 2))
+    indices = [torch.randint(n, (rows,)) for n in (11, 7, 2)]
+    places = indices[1]
+
+    def near(t: Tensor) -> list[Tensor]:
+        return [index.to(t.device) for index in indices]
+
     for name, how in (("", {}), (" dropout", {"dropout_p": P, "site": 5, "seed": seed})):
         add(
             "attention" + name,
-            lambda m, q, k, v, how=how: m.attention(q, k, v, cu_seqlens, longest, heads, **how),
+            lambda m, q, k, v, how=how: m.attention(
+                q, k, v, cu_seqlens.to(q.device), longest, heads, **how
+            ),
             "query key value",
             *(make(rows, hidden) for _ in range(3)),
         )
         add(
             "attention first_only" + name,
             lambda m, q, k, v, how=how: m.attention(
-                q, k, v, cu_seqlens, longest, heads, first_only=True, **how
+                q, k, v, cu_seqlens.to(q.device), longest, heads, first_only=True, **how
             ),
             "query key value",
             *(make(count, hidden) for count in (len(lengths), rows, rows)),
@@ -137,27 +144,29 @@ def make_cases(
         )
         add(
             "embedding" + name,
-            lambda m, *t, how=how: m.embedding(ids, places, kinds, *t, eps=1e-5, **how),
+            lambda m, *t, how=how: m.embedding(*near(t[0]), *t, eps=1e-5, **how),
             "word position token_type weight bias",
             *(word, position, types, norm, shift),
         )
         add(
             "inputs_embeds" + name,
             lambda m, e, *t, how=how: m.embedding(
-                None, places, None, None, *t, eps=1e-5, inputs_embeds=e, **how
+                None, places.to(e.device), None, None, *t, eps=1e-5, inputs_embeds=e, **how
             ),
             "inputs_embeds position token_type weight bias",
             *(residual, position, types, norm, shift),
         )
     add(
         "attention scale",
-        lambda m, q, k, v: m.attention(q, k, v, cu_seqlens, longest + 3, heads, scale=0.3),
+        lambda m, q, k, v: m.attention(
+            q, k, v, cu_seqlens.to(q.device), longest + 3, heads, scale=0.3
+        ),
         "query key value",
         *(make(rows, hidden) for _ in range(3)),
     )
     add(
         "embedding padding",
-        lambda m, *t: m.embedding(ids, places, kinds, *t, eps=1e-5, padding_idx=1),
+        lambda m, *t: m.embedding(*near(t[0]), *t, eps=1e-5, padding_idx=1),
         "word position token_type weight bias",
         *(word, position, types, norm, shift),
     )
@@ -171,18 +180,18 @@ each_case = pytest.mark.parametrize("name", NAMES)
 # The padding's rows are left out of gradients on purpose, so differences disagree there; the
 # oracle does the same, see test_gradients_by_the_rule.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "embedding padding"])
-def test_gradcheck(isa: str, name: str, restore_threads: None) -> None:
+def test_gradcheck(isa: str, device: str, name: str, restore_threads: None) -> None:
     torch.set_num_threads(1)  # thousands of tiny calls; threads are the subject of test_rows.py
     case = make_cases(torch.float64)[name]
-    assert torch.autograd.gradcheck(case.run, case.leaves(), nondet_tol=0.0)
+    assert torch.autograd.gradcheck(case.run, case.leaves(device), nondet_tol=0.0)
 
 
 @each_case
-def test_gradcheck_of_an_empty_batch(isa: str, name: str) -> None:
+def test_gradcheck_of_an_empty_batch(isa: str, device: str, name: str) -> None:
     case = make_cases(torch.float64, lengths=[])[name]
-    leaves = case.leaves()
+    leaves = case.leaves(device)
     out = case.run(*leaves)
-    assert out.shape == case.oracle(*leaves).shape
+    assert out.shape == case.oracle(*case.tensors).shape
     assert torch.autograd.gradcheck(case.run, leaves, nondet_tol=0.0)
     for label, leaf, grad in zip(
         case.names.split(), leaves, torch.autograd.grad(out, leaves, out), strict=True
@@ -195,7 +204,7 @@ def test_gradcheck_of_an_empty_batch(isa: str, name: str) -> None:
 def test_gradients_by_the_rule(isa: str, device: str, name: str) -> None:
     lengths = [65, 1, 0, 130, 7]
     case = make_cases(torch.float32, lengths=lengths, heads=3, size=20, inner=70)[name]
-    leaves = [x.to(device).requires_grad_() for x in case.tensors]
+    leaves = case.leaves(device)
     out = case.run(*leaves)
     grad = torch.randn(out.shape)
     expected = expect(case.oracle, *case.tensors, grad=grad)

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pretend_cuda import CUDA, PretendCuda, PretendTensor
+from pretend_cuda import CUDA, PretendCuda, PretendTensor, pretend_cuda
 from samples import OP_NAMES, OpCall, op_calls, randn, results
 from tiny_encoder import TEXTS, write_tiny_encoder
 from tiny_heads import TAGS, write_head
 from tolerance import assert_same_bits
 from torch import Tensor
-from torch.utils._device import _device_constructors
 
 from xlmr_ext import (
     PackedBatch,
@@ -29,9 +28,8 @@ from xlmr_ext import (
     XLMRobertaModel,
     XLMRobertaTokenizer,
     autograd,
-    build_info,
+    cuda_support,
     fallback,
-    fallback_dropout,
     pipeline,
 )
 from xlmr_ext.cli import main
@@ -44,30 +42,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
-    """Within the test cuda:0 can be named; what is there is computed on the CPU."""
-    if torch.cuda.is_available():
-        pytest.skip("torch has a GPU here")
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    make = torch.tensor
-    # torch keeps a set of its constructors for `with torch.device(...)`: not of ours.
-    _device_constructors()
-
-    def tensor(*args: Any, device: Any = None, **options: Any) -> Tensor:
-        # torch.tensor itself reaches the device past all modes.
-        return make(*args, **options).to(device)
-
-    monkeypatch.setattr(torch, "tensor", tensor)
-    real = fallback_dropout.generator
-    on_cpu = torch.device("cpu")
-    monkeypatch.setattr(fallback_dropout, "generator", lambda _, *how: real(on_cpu, *how))
-    monkeypatch.setattr(fallback, "_say_once", lambda: None)
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    with PretendCuda() as mode:
+    """Within the test cuda:0 can be named; torch's operators compute what is there."""
+    monkeypatch.setattr(cuda_support, "refusal", lambda *where: "no kernels here")
+    monkeypatch.setattr(fallback, "say_once", lambda reason: None)
+    with pretend_cuda(monkeypatch) as mode:
         yield mode
-    torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 @pytest.fixture
@@ -117,7 +96,6 @@ def is_seed(t: Tensor) -> bool:
 def test_every_op_is_registered_for_cuda(name: str) -> None:
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"xlmr_ext::{name}", key)
-    assert build_info()["cuda"] is False
 
 
 def test_ops_of_cuda_tensors_are_the_fallback(cuda: PretendCuda) -> None:
@@ -131,16 +109,12 @@ def test_ops_of_cuda_tensors_are_the_fallback(cuda: PretendCuda) -> None:
     assert cuda.used == set(OP_NAMES)
 
 
-def test_autocast_does_not_reach_into_an_op(
-    autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fallback, "_say_once", lambda: None)
+def test_autocast_does_not_reach_into_an_op(autocast: torch.dtype) -> None:
     seen = fallback.on_cuda(lambda: torch.is_autocast_enabled("cuda"))()
     assert (seen, torch.is_autocast_enabled("cuda")) == (False, True)
 
 
-def test_an_op_has_no_gradient_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fallback, "_say_once", lambda: None)
+def test_an_op_has_no_gradient_of_its_own() -> None:
     for call in op_calls(torch.float32):
         leaves = call.mapped(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
         found = fallback.on_cuda(getattr(fallback, call.op))(*leaves.args)
@@ -173,9 +147,10 @@ def test_fake_cuda_tensors_stay_on_cuda() -> None:
 def test_one_notice_a_process(cuda: PretendCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the fixture's silence
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    fallback._say_once.cache_clear()
+    monkeypatch.setattr(cuda_support, "refusal", lambda *where: "no kernels here")
+    fallback.say_once.cache_clear()
     x, weight = torch.randn(3, 4).to("cuda:0"), torch.randn(5, 4).to("cuda:0")
-    with pytest.warns(UserWarning, match="has no CUDA kernels: CUDA tensors are computed by torch"):
+    with pytest.warns(UserWarning, match="^no kernels here: CUDA tensors are computed by torch"):
         autograd.linear(x, weight)
     autograd.linear(x, weight)  # a warning would be an error
 
@@ -577,7 +552,7 @@ def test_loading_to_a_device_that_is_not_there(
 
 
 @gpu
-@pytest.mark.filterwarnings("ignore:this build of xlmr_ext has no CUDA kernels")
+@pytest.mark.filterwarnings("ignore:.*CUDA tensors are computed by torch")
 def test_ops_on_a_gpu() -> None:
     for call in op_calls(torch.float64, p=0.0):
         wanted = results(getattr(fallback, call.op)(*call.args))
@@ -591,7 +566,7 @@ def on_gpu(t: Tensor) -> Tensor:
 
 
 @gpu
-@pytest.mark.filterwarnings("ignore:this build of xlmr_ext has no CUDA kernels")
+@pytest.mark.filterwarnings("ignore:.*CUDA tensors are computed by torch")
 @pytest.mark.parametrize("kind", [None, torch.float16, torch.bfloat16], ids=str)
 def test_training_on_a_gpu(kind: torch.dtype | None) -> None:
     model = tiny().train().to("cuda")

@@ -38,9 +38,11 @@ def starts(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return used, begins[:-1][used]
 
 
-def shape_of(heads: int, size: int, lengths: list[int], p: float) -> tuple[Any, ...]:
+def shape_of(
+    heads: int, size: int, lengths: list[int], p: float, device: str = "cpu"
+) -> tuple[Any, ...]:
     return (
-        cumulative(lengths),
+        cumulative(lengths, device),
         max(lengths, default=0),
         heads,
         1.5 * size**-0.5,
@@ -79,18 +81,24 @@ def test_the_oracle(
 @pytest.mark.parametrize("p", [0.0, P])
 @each_size
 def test_bits_of_the_first_rows_among_all(
-    isa: str, dtype: torch.dtype, heads: int, size: int, lengths: list[int], p: float
+    isa: str,
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    size: int,
+    lengths: list[int],
+    p: float,
 ) -> None:
     """Dropout's mask too: its row is that of the packed batch."""
     rows, hidden = sum(lengths), heads * size
-    shape = shape_of(heads, size, lengths, p)
-    query, key, value = (randn(rows, hidden, dtype=dtype) for _ in range(3))
+    shape = shape_of(heads, size, lengths, p, device)
+    query, key, value = (randn(rows, hidden, dtype=dtype, device=device) for _ in range(3))
     used, begins = starts(shape[0])
     # What belongs to empty sequences is not looked at.
-    first = torch.full((len(lengths), hidden), torch.nan, dtype=dtype)
+    first = torch.full((len(lengths), hidden), torch.nan, dtype=dtype, device=device)
     grad_first = first.clone()
     first[used] = query[begins]
-    grad_first[used] = randn(len(begins), hidden, dtype=dtype)
+    grad_first[used] = randn(len(begins), hidden, dtype=dtype, device=device)
     grad = torch.zeros_like(query)
     grad[begins] = grad_first[used]
 

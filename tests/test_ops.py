@@ -359,7 +359,8 @@ def test_embedding(isa: str, device: str, dtype: torch.dtype, case: tuple) -> No
         return randn(*shape, dtype=dtype, device=device)
 
     # Few words for many rows: the same row of a table is added to often.
-    ids, places, kinds = (torch.randint(n, (rows,), device=device) for n in (13, 9, 2))
+    indices = [torch.randint(n, (rows,)) for n in (13, 9, 2)]
+    ids, places, kinds = (t.to(device) for t in indices)
     input_ids, embeds = (None, make(rows, hidden)) if with_embeds else (ids, None)
     word = None if with_embeds else make(13, hidden)
     position, token_type, weight, bias = (
@@ -374,9 +375,9 @@ def test_embedding(isa: str, device: str, dtype: torch.dtype, case: tuple) -> No
 
     expected = expect(
         lambda e, w, p_, t, g, b: reference.embedding(
-            input_ids,
-            places,
-            types,
+            None if with_embeds else indices[0],
+            indices[1],
+            indices[2] if with_types else None,
             w,
             p_,
             t,
@@ -427,7 +428,7 @@ def test_attention_dropout_mask(
     heads, size, site = 2, 64, 70000
     cu_seqlens = cumulative([5, length], device)
     rows = 5 + length
-    mask = reference.dropout_mask(P, site, seed, heads, rows, length)[:, 5:]
+    mask = reference.dropout_mask(P, site, seed, heads, rows, length)[:, 5:].to(device)
     zeros = torch.zeros(rows, heads * size, dtype=dtype, device=device)
     shape = (cu_seqlens, max(5, length), heads, 1.0, P, site, torch.tensor([seed]))
     identity = torch.eye(length, dtype=dtype, device=device)
@@ -454,7 +455,7 @@ def test_row_dropout_mask(
 ) -> None:
     rows, site = 6, 3
     how = (P, site, torch.tensor([seed]))
-    mask = reference.dropout_mask(P, site, seed, 1, rows, hidden)[0]
+    mask = reference.dropout_mask(P, site, seed, 1, rows, hidden)[0].to(device)
     ones = torch.ones(rows, hidden, dtype=dtype, device=device)
     weight, bias = torch.ones_like(ones[0]), torch.full_like(ones[0], 100.0)
     _, total, mean, rstd = OPS.layer_norm_forward(ones, None, weight, bias, 1e-5, *how, True)

@@ -1,8 +1,8 @@
 """What the ops take: each check names the op, the tensor, what came and what was expected.
 
 The tensors of a call lie on one device, that of its first. Values (ids, offsets) are read on the
-CPU alone: elsewhere that would make the host wait for the device, and torch's own operators, which
-run there, stay within their tensors.
+CPU alone: elsewhere that would make the host wait for the device, and what runs there stays within
+its tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from xlmr_ext import cuda_support
 
 MAX_HEAD_SIZE = 128
 ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
@@ -30,10 +32,22 @@ def _place(device: torch.device) -> str:
     return "the CPU" if device == CPU else str(device)
 
 
-def dtype_code(op: str, name: str, t: Tensor) -> int:
-    """Number of the type in ``csrc/types.h``, of a tensor that the CPU kernels take."""
+def check_on_cpu(op: str, name: str, t: Tensor) -> None:
     if t.device != CPU:
         raise ValueError(f"{op}: {name} is on {t.device}; expected the CPU")
+
+
+def dtype_code(op: str, name: str, t: Tensor) -> int:
+    """Number of the type in ``csrc/types.h``, of a tensor that its device's kernels take."""
+    if t.device.type == "cuda":
+        codes = cuda_support.dtype_codes()
+        if t.dtype not in codes:
+            raise TypeError(
+                f"{op}: {name} is {t.dtype}; the CUDA kernels of this build compute in "
+                f"{cuda_support.type_names()}"
+            )
+        return codes[t.dtype]
+    check_on_cpu(op, name, t)
     code = _DTYPES.get(t.dtype)
     if code is None:
         hint = (

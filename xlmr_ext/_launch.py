@@ -1,7 +1,8 @@
-"""The door to native code, and the only user of ``data_ptr()``.
+"""The door to native code, and the only user of ``dataptr()``.
 
 Every function checks its tensors (``_checks.py``), copies what is laid out unlike what the kernels
-read, allocates outputs and workspace, and calls ``_C``. Past this file nothing is checked again, so
+read, allocates outputs, and calls the native module of their device. Past this file nothing is
+checked again, so
 nothing that passes it may make a kernel read out of bounds.
 """
 
@@ -9,32 +10,16 @@ from __future__ import annotations
 
 import mmap
 import platform
-import sys
-import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-if not sys.platform.startswith("linux"):
-    raise ImportError(f"xlmr_ext runs on Linux (x86-64, aarch64) only; this is {platform.system()}")
-
-# torch first: its libgomp is then the one that the kernels share (docs/ARCHITECTURE.md, Threads).
-try:
-    from xlmr_ext import _C
-except ImportError as error:
-    folder = Path(__file__).parent
-    if any(folder.glob("_C.*.so")) or not (folder.parent / "CMakeLists.txt").exists():
-        raise
-    raise ImportError(
-        f"xlmr_ext was imported from the source tree at {folder.parent}, where no kernels are "
-        f"built: run from another directory to use the installed package, or build in place "
-        f"(CONTRIBUTING.md)"
-    ) from error
+from xlmr_ext import _C, cuda_support
 from xlmr_ext._checks import (
     ACTIVATIONS,
+    CPU,
     AttentionInputs,
     EmbeddingInputs,
     as_rows,
@@ -46,30 +31,13 @@ from xlmr_ext._checks import (
     check_linear,
     check_linear_backward,
     dtype_code,
+    statistics_dtype,
 )
-from xlmr_ext.threads import CallThreads
+from xlmr_ext._native import call, call_threads, ptr
 
 # --- Calling -------------------------------------------------------------------------------------
 
-
-# A larger workspace is given back after the call: beside the work it serves, its page faults cost
-# nothing, and one long batch should not hold memory for ever.
-_KEPT_BYTES = 64 << 20
 _LAZY_BYTES = 16 << 20
-
-
-class _Workspace(threading.local):
-    """One buffer a thread: fresh memory would cost page faults on every call."""
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
-
-
-_workspace = _Workspace()
-
-
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _stride(t: Tensor | None) -> int:
@@ -78,23 +46,11 @@ def _stride(t: Tensor | None) -> int:
 
 def _dropout(op: str, p: float, site: int, seed: Tensor | None) -> tuple[float, int, int]:
     p, site, seed = check_dropout(op, p, site, seed)
-    return p, site, _ptr(seed)
+    return p, site, ptr(seed)
 
 
-_call_threads = CallThreads(torch.get_num_threads())
-_C.set_cpu_capacity(_call_threads.available)
-
-
-def _call(function: Callable[..., int], *args: Any) -> None:
-    buffer = _workspace.buffer
-    # torch is asked on every call: the number belongs to the calling thread.
-    threads = _call_threads(torch.get_num_threads())
-    needed = function(*args, threads, buffer.data_ptr(), buffer.numel())
-    if needed:
-        buffer = torch.empty(needed, dtype=torch.uint8)
-        if needed <= _KEPT_BYTES:
-            _workspace.buffer = buffer
-        function(*args, threads, buffer.data_ptr(), buffer.numel())
+def _statistics(like: Tensor, shape: int | tuple[int, ...]) -> Tensor:
+    return like.new_empty(shape, dtype=statistics_dtype(like.dtype))
 
 
 def _lazy_zeros(like: Tensor) -> Tensor:
@@ -104,7 +60,7 @@ def _lazy_zeros(like: Tensor) -> Tensor:
     with zeros costs more than the rest of the embedding's backward together.
     """
     size = like.numel() * like.element_size()
-    if size < _LAZY_BYTES:
+    if size < _LAZY_BYTES or like.device != CPU:
         return like.new_zeros(like.shape)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
@@ -138,10 +94,11 @@ def linear_forward(
     biases = [b.contiguous() for b in biases]
     y = x.new_empty((rows, parts * out_features))
     step = out_features * y.element_size()
-    _call(
-        _C.linear_forward, code, act, rows, in_features, out_features, _ptr(x), _stride(x),
-        [_ptr(w) for w in weights], [_ptr(b) for b in biases], _ptr(addend), _stride(addend),
-        [_ptr(y) + p * step for p in range(parts)], parts * out_features,
+    call(
+        x.device, "linear_forward",
+        code, act, rows, in_features, out_features, ptr(x), _stride(x),
+        [ptr(w) for w in weights], [ptr(b) for b in biases], ptr(addend), _stride(addend),
+        [ptr(y) + p * step for p in range(parts)], parts * out_features,
     )  # fmt: skip
     return y
 
@@ -171,14 +128,15 @@ def linear_backward(
     dx = first.new_empty((rows, in_features)) if need_x else empty
     dweight = first.new_empty((parts, out_features, in_features)) if need_weight else empty
     dbias = first.new_empty((parts, out_features)) if need_bias else empty
-    _call(
-        _C.linear_backward, code, act, rows, in_features, out_features,
-        [_ptr(g) for g in grads], _stride(grads[0]), _ptr(x), _stride(x),
-        [_ptr(w) for w in weights], _ptr(y),
-        _ptr(dx) if need_x else 0,
-        [_ptr(w) for w in dweight] if need_weight else [],
-        [_ptr(b) for b in dbias] if need_bias else [],
-        0 if y is None else _ptr(dz),
+    call(
+        first.device, "linear_backward",
+        code, act, rows, in_features, out_features,
+        [ptr(g) for g in grads], _stride(grads[0]), ptr(x), _stride(x),
+        [ptr(w) for w in weights], ptr(y),
+        ptr(dx) if need_x else 0,
+        [ptr(w) for w in dweight] if need_weight else [],
+        [ptr(b) for b in dbias] if need_bias else [],
+        0 if y is None else ptr(dz),
     )  # fmt: skip
     return dx, dweight, dbias, dz
 
@@ -208,11 +166,12 @@ def feed_forward_forward(
     up_weight, down_weight = up_weight.contiguous(), down_weight.contiguous()
     y = x.new_empty((rows, hidden))
     pre = x.new_empty((rows, inner) if save else 0)
-    _call(
-        _C.feed_forward_forward, code, act, rows, hidden, inner, _ptr(x), _stride(x),
-        _ptr(up_weight), _ptr(up_bias), _ptr(down_weight), _ptr(down_bias),
-        _ptr(hidden_addend), _stride(hidden_addend), _ptr(addend), _stride(addend),
-        _ptr(y), _ptr(pre) if save else 0,
+    call(
+        x.device, "feed_forward_forward",
+        code, act, rows, hidden, inner, ptr(x), _stride(x),
+        ptr(up_weight), ptr(up_bias), ptr(down_weight), ptr(down_bias),
+        ptr(hidden_addend), _stride(hidden_addend), ptr(addend), _stride(addend),
+        ptr(y), ptr(pre) if save else 0,
     )  # fmt: skip
     return y, pre
 
@@ -245,21 +204,22 @@ def feed_forward_backward(
     ddown_weight = x.new_empty((hidden, inner) if need_down_weight else 0)
     ddown_bias = x.new_empty(hidden if need_down_bias else 0)
     dpre = x.new_empty((rows, inner) if need_hidden_addend else 0)
-    _call(
-        _C.feed_forward_backward, code, act, rows, hidden, inner, _ptr(grad_y), _stride(grad_y),
-        _ptr(x), _stride(x), _ptr(up_weight), _ptr(down_weight), _ptr(pre),
-        _ptr(dx) if need_x else 0,
-        _ptr(dup_weight) if need_up_weight else 0,
-        _ptr(dup_bias) if need_up_bias else 0,
-        _ptr(ddown_weight) if need_down_weight else 0,
-        _ptr(ddown_bias) if need_down_bias else 0,
-        _ptr(dpre) if need_hidden_addend else 0,
+    call(
+        x.device, "feed_forward_backward",
+        code, act, rows, hidden, inner, ptr(grad_y), _stride(grad_y),
+        ptr(x), _stride(x), ptr(up_weight), ptr(down_weight), ptr(pre),
+        ptr(dx) if need_x else 0,
+        ptr(dup_weight) if need_up_weight else 0,
+        ptr(dup_bias) if need_up_bias else 0,
+        ptr(ddown_weight) if need_down_weight else 0,
+        ptr(ddown_bias) if need_down_bias else 0,
+        ptr(dpre) if need_hidden_addend else 0,
     )  # fmt: skip
     return dx, dup_weight, dup_bias, ddown_weight, ddown_bias, dpre
 
 
 class _AttentionInputs(AttentionInputs):
-    """The inputs as `_C` takes them."""
+    """The inputs as the native ops take them."""
 
     def __init__(
         self,
@@ -283,13 +243,13 @@ class _AttentionInputs(AttentionInputs):
     def native(self) -> tuple[Any, ...]:
         return (
             self.code, self.batch, self.key_rows, self.num_heads, self.head_size,
-            self.max_seqlen, _ptr(self.cu_seqlens), self.scale, *self.dropout,
+            self.max_seqlen, ptr(self.cu_seqlens), self.scale, *self.dropout,
         )  # fmt: skip
 
     def native_tensors(self) -> tuple[int, ...]:
         return (
-            _ptr(self.query), _stride(self.query), _ptr(self.key), _stride(self.key),
-            _ptr(self.value), _stride(self.value),
+            ptr(self.query), _stride(self.query), ptr(self.key), _stride(self.key),
+            ptr(self.value), _stride(self.value),
         )  # fmt: skip
 
 
@@ -312,10 +272,11 @@ def attention_forward(
         (dropout_p, site, seed), first_only,
     )  # fmt: skip
     out = query.new_empty((inputs.query_rows, inputs.width))
-    lse = query.new_empty((num_heads, inputs.query_rows) if save else 0)
-    _call(
-        _C.attention_forward, *inputs.native(), first_only, *inputs.native_tensors(), _ptr(out),
-        _stride(out), _ptr(lse) if save else 0,
+    lse = _statistics(query, (num_heads, inputs.query_rows) if save else 0)
+    call(
+        query.device, "attention_forward",
+        *inputs.native(), first_only, *inputs.native_tensors(), ptr(out),
+        _stride(out), ptr(lse) if save else 0,
     )  # fmt: skip
     return out, lse
 
@@ -346,10 +307,11 @@ def attention_backward(
     grad_out, out, lse = as_rows(grad_out), as_rows(out), lse.contiguous()
     dquery = query.new_empty((rows, width))
     dkey, dvalue = (query.new_empty((inputs.key_rows, width)) for _ in range(2))
-    _call(
-        _C.attention_backward, *inputs.native(), first_only, _ptr(grad_out), _stride(grad_out),
-        *inputs.native_tensors(), _ptr(out), _stride(out), _ptr(lse), _ptr(dquery),
-        _stride(dquery), _ptr(dkey), _ptr(dvalue), _stride(dkey),
+    call(
+        query.device, "attention_backward",
+        *inputs.native(), first_only, ptr(grad_out), _stride(grad_out),
+        *inputs.native_tensors(), ptr(out), _stride(out), ptr(lse), ptr(dquery),
+        _stride(dquery), ptr(dkey), ptr(dvalue), _stride(dkey),
     )  # fmt: skip
     return dquery, dkey, dvalue
 
@@ -375,12 +337,12 @@ def layer_norm_forward(
     keep_sum = save and (residual is not None or dropout_p > 0.0)
     y = x.new_empty((rows, hidden))
     total = x.new_empty((rows, hidden) if keep_sum else 0)
-    mean = x.new_empty(rows if save else 0)
-    rstd = x.new_empty(rows if save else 0)
-    _call(
-        _C.layer_norm_forward, code, rows, hidden, eps, *dropout, _ptr(x), _stride(x),
-        _ptr(residual), _stride(residual), _ptr(weight), _ptr(bias), _ptr(y),
-        _ptr(total) if keep_sum else 0, _ptr(mean) if save else 0, _ptr(rstd) if save else 0,
+    mean, rstd = (_statistics(x, rows if save else 0) for _ in range(2))
+    call(
+        x.device, "layer_norm_forward",
+        code, rows, hidden, eps, *dropout, ptr(x), _stride(x),
+        ptr(residual), _stride(residual), ptr(weight), ptr(bias), ptr(y),
+        ptr(total) if keep_sum else 0, ptr(mean) if save else 0, ptr(rstd) if save else 0,
     )  # fmt: skip
     return y, total, mean, rstd
 
@@ -406,26 +368,27 @@ def layer_norm_backward(
     dx = grad_y.new_empty((rows, hidden) if dropout_p > 0.0 else 0)
     dweight = grad_y.new_empty(hidden if need_params else 0)
     dbias = grad_y.new_empty(hidden if need_params else 0)
-    _call(
-        _C.layer_norm_backward, code, rows, hidden, *dropout, _ptr(grad_y), _stride(grad_y),
-        _ptr(total), _stride(total), _ptr(mean), _ptr(rstd), _ptr(weight), _ptr(dsum),
-        _ptr(dx) if dropout_p > 0.0 else 0,
-        _ptr(dweight) if need_params else 0, _ptr(dbias) if need_params else 0,
+    call(
+        grad_y.device, "layer_norm_backward",
+        code, rows, hidden, *dropout, ptr(grad_y), _stride(grad_y),
+        ptr(total), _stride(total), ptr(mean), ptr(rstd), ptr(weight), ptr(dsum),
+        ptr(dx) if dropout_p > 0.0 else 0,
+        ptr(dweight) if need_params else 0, ptr(dbias) if need_params else 0,
     )  # fmt: skip
     return dsum, dx, dweight, dbias
 
 
 class _EmbeddingInputs(EmbeddingInputs):
-    """The inputs as `_C` takes them."""
+    """The inputs as the native ops take them."""
 
     def native(self, dropout: tuple[float, int, int]) -> tuple[Any, ...]:
         code = dtype_code(self.op, "position", self.position)
         return (
-            code, self.rows, self.hidden, *dropout, _ptr(self.input_ids),
-            _ptr(self.inputs_embeds), _stride(self.inputs_embeds), _ptr(self.position_ids),
-            _ptr(self.token_type_ids), 0 if self.word is None else self.word.shape[0],
-            _ptr(self.word), self.position.shape[0], _ptr(self.position),
-            self.token_type.shape[0], _ptr(self.token_type), _ptr(self.weight),
+            code, self.rows, self.hidden, *dropout, ptr(self.input_ids),
+            ptr(self.inputs_embeds), _stride(self.inputs_embeds), ptr(self.position_ids),
+            ptr(self.token_type_ids), 0 if self.word is None else self.word.shape[0],
+            ptr(self.word), self.position.shape[0], ptr(self.position),
+            self.token_type.shape[0], ptr(self.token_type), ptr(self.weight),
         )  # fmt: skip
 
 
@@ -453,10 +416,11 @@ def embedding_forward(
     dropout = _dropout(op, dropout_p, site, seed)
     bias = bias.contiguous()
     y = position.new_empty((inputs.rows, inputs.hidden))
-    mean, rstd = position.new_empty(inputs.rows), position.new_empty(inputs.rows)
-    _call(
-        _C.embedding_forward, *inputs.native(dropout), _ptr(bias), eps, _ptr(y), _ptr(mean),
-        _ptr(rstd),
+    mean, rstd = (_statistics(position, inputs.rows) for _ in range(2))
+    call(
+        inputs.device, "embedding_forward",
+        *inputs.native(dropout), ptr(bias), eps, ptr(y), ptr(mean),
+        ptr(rstd),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -499,13 +463,14 @@ def embedding_backward(
     dtoken_type = position.new_zeros(token_type.shape if need_token_type else 0)
     dweight = position.new_empty(hidden if need_params else 0)
     dbias = position.new_empty(hidden if need_params else 0)
-    _call(
-        _C.embedding_backward, *inputs.native(dropout), padding_idx, _ptr(grad_y),
-        _stride(grad_y), _ptr(mean), _ptr(rstd), _ptr(dsum),
-        _ptr(dword) if write_word else 0,
-        _ptr(dposition) if need_position else 0,
-        _ptr(dtoken_type) if need_token_type else 0,
-        _ptr(dweight) if need_params else 0, _ptr(dbias) if need_params else 0,
+    call(
+        inputs.device, "embedding_backward",
+        *inputs.native(dropout), padding_idx, ptr(grad_y),
+        _stride(grad_y), ptr(mean), ptr(rstd), ptr(dsum),
+        ptr(dword) if write_word else 0,
+        ptr(dposition) if need_position else 0,
+        ptr(dtoken_type) if need_token_type else 0,
+        ptr(dweight) if need_params else 0, ptr(dbias) if need_params else 0,
     )  # fmt: skip
     return dsum, dword, dposition, dtoken_type, dweight, dbias
 
@@ -534,7 +499,8 @@ def build_info() -> dict[str, Any]:
     Keys: ``version``, ``python``, ``torch``, ``compiler``, ``openmp`` (the standard, a date),
     ``tables_built``, ``tables_usable``, ``table`` and ``table_reason`` (the kernel table in use and
     why), ``threads`` and ``threads_by`` (what the next call may use, and what decides it), ``cuda``
-    (whether CUDA kernels were built).
+    (whether CUDA kernels were built), ``cuda_kernels`` (what they were built for, and which GPUs of
+    this machine they run on; empty where there are none).
     """
     from xlmr_ext import __version__
 
@@ -544,7 +510,8 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **_C.describe(),
-        "threads": _call_threads(threads),
-        "threads_by": _call_threads.reason(threads),
-        "cuda": False,
+        "threads": call_threads(threads),
+        "threads_by": call_threads.reason(threads),
+        "cuda": cuda_support.is_built(),
+        "cuda_kernels": cuda_support.describe(),
     }

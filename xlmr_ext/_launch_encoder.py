@@ -1,4 +1,4 @@
-"""The door to the frozen encoder's native code; with ``_launch.py`` the only users of ``_C``.
+"""The door to the frozen encoder's native code, which the CPU alone has.
 
 Weights are packed once into a layout that belongs to a kernel table; a call then runs the whole
 encoder without Python between its layers.
@@ -20,12 +20,14 @@ from xlmr_ext._checks import (
     MAX_HEAD_SIZE,
     check_activation,
     check_cu_seqlens,
+    check_on_cpu,
     check_positive,
     check_rank2,
     check_tensor,
     dtype_code,
 )
-from xlmr_ext._launch import _call, _EmbeddingInputs, _ptr
+from xlmr_ext._launch import _EmbeddingInputs
+from xlmr_ext._native import call_on_cpu, ptr
 
 _NO_DROPOUT = (0.0, 0, 0)
 ANY_TABLE = "any"
@@ -53,10 +55,11 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     op = "pack_weight"
     out_features, in_features = check_rank2(op, "weight", weight)
     check_positive(op, out_features=out_features, in_features=in_features)
+    check_on_cpu(op, "weight", weight)
     code = dtype_code(op, "weight", weight)
     weight = weight.detach().contiguous()
     data = torch.empty(_C.packed_bytes(code, out_features, in_features), dtype=torch.uint8)
-    _call(_C.pack_weight, code, out_features, in_features, _ptr(weight), _ptr(data))
+    call_on_cpu(_C.pack_weight, code, out_features, in_features, ptr(weight), ptr(data))
     return PackedWeight(data, out_features, in_features, weight.dtype, _C.layout_name())
 
 
@@ -82,7 +85,7 @@ def pack_int8(q: Tensor, scale: Tensor) -> PackedWeight:
         raise ValueError(f"{op}: scale holds a number that is negative or not finite")
     q, scale = q.detach().contiguous(), scale.detach().contiguous()
     data = torch.empty(_C.packed_int8_bytes(out_features, in_features), dtype=torch.uint8)
-    _C.pack_int8_weight(out_features, in_features, _ptr(q), _ptr(scale), _ptr(data))
+    _C.pack_int8_weight(out_features, in_features, ptr(q), ptr(scale), ptr(data))
     return PackedWeight(data, out_features, in_features, torch.int8, ANY_TABLE)
 
 
@@ -181,7 +184,7 @@ class PackedEncoder:
     def _find_addresses(self) -> list[list[int]]:
         return [
             [
-                _ptr(value.data if isinstance(value, PackedWeight) else value)
+                ptr(value.data if isinstance(value, PackedWeight) else value)
                 for value in (getattr(layer, field.name) for field in fields(layer))
             ]
             for layer in self.layers
@@ -212,7 +215,7 @@ class PackedEncoder:
             code = dtype_code("encoder", name, torch.empty(0, dtype=weight.dtype))
             size = _C.packed_bytes(code, *shape)
         check_tensor("encoder", f"{name}'s data", weight.data, (size,), torch.uint8)
-        if not weight.data.is_contiguous() or _ptr(weight.data) % self.dtype.itemsize:
+        if not weight.data.is_contiguous() or ptr(weight.data) % self.dtype.itemsize:
             raise ValueError(f"encoder: {name}'s data is not contiguous and aligned")
 
     def forward(
@@ -245,6 +248,7 @@ class PackedEncoder:
             )
         if first_only and self.layers[-1].query is None:
             raise ValueError(f"{op}: first_only needs a last layer whose query stands alone")
+        check_on_cpu(op, "position", position)
         inputs = _EmbeddingInputs(
             op, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type,
             norm_weight, word_scale,
@@ -261,10 +265,10 @@ class PackedEncoder:
         y = position.new_empty((batch if first_only else inputs.rows, self.hidden))
         states = position.new_empty((len(self.layers), inputs.rows, self.hidden)) if keep else None
         code, rows, hidden, _, _, _, *tables = inputs.native(_NO_DROPOUT)
-        _call(
+        call_on_cpu(
             _C.encoder_forward, code, self.activation, rows, hidden, self.inner, self.num_heads,
-            batch, max_seqlen, _ptr(cu_seqlens), 1.0 / math.sqrt(hidden // self.num_heads), eps,
-            *tables, _ptr(norm_bias), _ptr(inputs.word_scale), self._addresses, self.int8,
-            first_only, _ptr(y), _ptr(states),
+            batch, max_seqlen, ptr(cu_seqlens), 1.0 / math.sqrt(hidden // self.num_heads), eps,
+            *tables, ptr(norm_bias), ptr(inputs.word_scale), self._addresses, self.int8,
+            first_only, ptr(y), ptr(states),
         )  # fmt: skip
         return y, states

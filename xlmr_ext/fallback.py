@@ -1,4 +1,4 @@
-"""The raw ops over torch's own operators: for CUDA tensors, where the build has no CUDA kernels.
+"""The raw ops over torch's own operators: for CUDA tensors that no CUDA kernel takes.
 
 Arguments and results are those of the ops (``ops.py``), on any device that torch has. In half
 precision, sums, softmax and statistics are float32; so are ``lse``, ``mean`` and ``rstd``. Nothing
@@ -44,27 +44,27 @@ __all__ = [
     "linear_backward",
     "linear_forward",
     "on_cuda",
+    "say_once",
 ]
-
-NOTICE = (
-    "this build of xlmr_ext has no CUDA kernels: CUDA tensors are computed by torch's own "
-    "operators, with other dropout masks than the CPU's (docs/gpu.md)"
-)
 
 aten = torch.ops.aten
 
 
 @cache
-def _say_once() -> None:
-    warnings.warn(NOTICE, stacklevel=2)
+def say_once(reason: str) -> None:
+    """A notice for each reason, once a process."""
+    warnings.warn(
+        f"{reason}: CUDA tensors are computed by torch's own operators, with other dropout masks "
+        f"than the CPU's (docs/gpu.md)",
+        stacklevel=2,
+    )
 
 
 def on_cuda(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """One of the ops below as it is registered: it says once a process that torch computes."""
+    """One of the ops below as it is registered."""
 
     @wraps(implementation)
     def run(*args: Any) -> Any:
-        _say_once()
         # Autocast would turn the operators within to half precision, after autograd.py has chosen.
         if torch.is_autocast_enabled("cuda"):
             with torch.no_grad(), torch.autocast("cuda", enabled=False):

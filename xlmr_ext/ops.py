@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlmr_ext import _launch, fallback
+from xlmr_ext import _launch, cuda_support, fallback
 from xlmr_ext._checks import statistics_dtype
 
 _library = torch.library.Library("xlmr_ext", "DEF")
@@ -25,9 +25,37 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, getattr(_launch, name), "CPU")
-    _library.impl(name, fallback.on_cuda(getattr(fallback, name)), "CUDA")
+    _library.impl(name, _on_cuda(name), "CUDA")
     torch.library.register_fake(f"xlmr_ext::{name}", fake, lib=_library)
     return getattr(torch.ops.xlmr_ext, name).default
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    """An op for CUDA tensors: by our kernels where they can, by torch's operators elsewhere."""
+    native, by_torch = getattr(_launch, name), fallback.on_cuda(getattr(fallback, name))
+    is_product = name.startswith(("linear", "feed_forward"))
+
+    def run(*args: Any) -> Any:
+        first = _first_of_numbers(args)
+        if first is None or first.device.type != "cuda":
+            return by_torch(*args)  # tensors on two devices: its checks name them
+        refused = cuda_support.refusal(first.device.index, first.dtype)
+        if refused is not None:
+            fallback.say_once(refused)
+        elif cuda_support.gemm == "native" or not is_product:
+            return native(*args)
+        return by_torch(*args)
+
+    return run
+
+
+def _first_of_numbers(args: Sequence[Any]) -> Tensor | None:
+    """The tensor whose type and device an op takes for its own: the first that holds no indices."""
+    for arg in args:
+        for t in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(t, Tensor) and t.is_floating_point():
+                return t
+    return None
 
 
 def _statistics(like: Tensor, shape: int | tuple[int, ...]) -> Tensor:

@@ -36,8 +36,10 @@ struct AttentionHead {
 template <class Args>
 __device__ __forceinline__ AttentionHead attention_head(const Args& a, int64_t index) {
   const int64_t sequence = index / a.num_heads;
-  const int64_t first = a.cu_seqlens[sequence];
-  const int64_t length = a.cu_seqlens[sequence + 1] - first;
+  // The host has not looked at the offsets: wrong ones give wrong rows, of those there are.
+  const auto within = [&a](int64_t low, int64_t row) { return max_of(low, min_of(row, a.rows)); };
+  const int64_t first = within(0, a.cu_seqlens[sequence]);
+  const int64_t length = within(first, a.cu_seqlens[sequence + 1]) - first;
   return {index % a.num_heads,
           length,
           first,

@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(info, indent=2, default=str))
         return 0
-    width = max(map(len, info))
+    inner = [f"  {name}" for value in info.values() if isinstance(value, dict) for name in value]
+    width = max(map(len, [*info, *inner]))
     for key, value in info.items():
         for name, part in value.items() if isinstance(value, dict) else [(None, value)]:
             shown = ", ".join(map(str, part)) if isinstance(part, list | tuple) else str(part)
