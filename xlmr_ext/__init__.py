@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         XLMRobertaForSequenceClassification,
         XLMRobertaForTokenClassification,
     )
+    from xlmr_ext.masked_lm import XLMRobertaForMaskedLM
     from xlmr_ext.modeling import XLMRobertaModel
     from xlmr_ext.packing import PackedBatch
     from xlmr_ext.pipelines import pipeline
@@ -37,6 +38,7 @@ _HOME = {
     "QuestionAnswerer": "xlmr_ext.tasks.question_answerer",
     "SentenceEncoder": "xlmr_ext.tasks.embeddings",
     "XLMRobertaConfig": "xlmr_ext.configuration",
+    "XLMRobertaForMaskedLM": "xlmr_ext.masked_lm",
     "XLMRobertaForMultipleChoice": "xlmr_ext.heads",
     "XLMRobertaForQuestionAnswering": "xlmr_ext.heads",
     "XLMRobertaForSequenceClassification": "xlmr_ext.heads",
@@ -55,6 +57,7 @@ __all__ = [
     "QuestionAnswerer",
     "SentenceEncoder",
     "XLMRobertaConfig",
+    "XLMRobertaForMaskedLM",
     "XLMRobertaForMultipleChoice",
     "XLMRobertaForQuestionAnswering",
     "XLMRobertaForSequenceClassification",

@@ -192,8 +192,9 @@ class ModelSurface(nn.Module):
         """Puts another module in the place of the word embeddings."""
         self.base_model.get_submodule("embeddings").word_embeddings = value
 
-    def get_output_embeddings(self) -> None:
-        """None: no head projects onto the vocabulary."""
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The map onto the vocabulary; None: the head has none."""
+        return None
 
     def get_position_embeddings(self) -> nn.Module:
         """The learned positions.
@@ -208,7 +209,7 @@ class ModelSurface(nn.Module):
         return self.base_model
 
     def tie_weights(self) -> None:
-        """Nothing to do: no weights are shared."""
+        """Makes the weights one that the model shares; nothing to do where it shares none."""
 
     def resize_token_embeddings(
         self,
