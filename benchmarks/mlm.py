@@ -6,7 +6,7 @@
 Both heads have the same weights and get the same hidden states [8, 512, 768] and labels: all of
 them (--labelled 1) or a share. A call computes the loss and the gradients of the states, the head
 and the tied matrix. Calls of both sides alternate, after one of each whose time does not count; the
-figures are medians, and the ratios are those of the pairs. Beside the time there is the processor's,
+figures are medians, and the ratios those of the pairs. Beside the time there is the processor's,
 of all threads together, which on a busy machine says more. Memory is the most that a call had
 resident beyond what was there before it, less the tied matrix's gradient, over all calls.
 transformers' side needs 18 GB.

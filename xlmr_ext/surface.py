@@ -151,13 +151,15 @@ class ModelSurface(nn.Module):
 
         Args:
             only_trainable: count those that require a gradient.
-            exclude_embeddings: leave out the weights of embeddings.
+            exclude_embeddings: leave out the weights of embeddings, but for one that is also
+                another module's, as a language model's.
         """
-        left_out = {
-            id(module.weight)
-            for module in self.modules()
-            if exclude_embeddings and isinstance(module, nn.Embedding)
-        }
+        left_out: set[int] = set()
+        elsewhere: set[int] = set()
+        for module in self.modules() if exclude_embeddings else ():
+            ids = {id(parameter) for parameter in module._parameters.values()}
+            (left_out if isinstance(module, nn.Embedding) else elsewhere).update(ids)
+        left_out -= elsewhere
         return sum(
             p.numel()
             for p in self.parameters()
