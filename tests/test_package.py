@@ -33,7 +33,7 @@ LAYERS = [
     "tasks.base",
     ("tasks.classification", "tasks.tokens", "tasks.answers", "tasks.choice"),
     ("training", "inference", "tasks.entities", "tasks.question_answerer"),
-    ("tasks.embeddings", "tasks.zero_shot"),
+    ("tasks.embeddings", "tasks.fill_mask", "tasks.zero_shot"),
     ("pipelines", "report"),
     ("cli.task_arguments", "cli.reporting"),
     ("cli.finetune", "cli.predict", "cli.eval"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xlmr_ext.tasks.choice import ChoiceAnswerer
     from xlmr_ext.tasks.embeddings import SentenceEncoder
     from xlmr_ext.tasks.entities import EntityRecognizer
+    from xlmr_ext.tasks.fill_mask import MaskFiller
     from xlmr_ext.tasks.question_answerer import QuestionAnswerer
     from xlmr_ext.tasks.zero_shot import ZeroShotClassifier
     from xlmr_ext.tokenization import XLMRobertaTokenizer
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ChoiceAnswerer": "xlmr_ext.tasks.choice",
     "EntityRecognizer": "xlmr_ext.tasks.entities",
+    "MaskFiller": "xlmr_ext.tasks.fill_mask",
     "PackedBatch": "xlmr_ext.packing",
     "QuestionAnswerer": "xlmr_ext.tasks.question_answerer",
     "SentenceEncoder": "xlmr_ext.tasks.embeddings",
@@ -53,6 +55,7 @@ _HOME = {
 __all__ = [
     "ChoiceAnswerer",
     "EntityRecognizer",
+    "MaskFiller",
     "PackedBatch",
     "QuestionAnswerer",
     "SentenceEncoder",

@@ -22,9 +22,9 @@ from xlmr_ext.autograd import _promote
 
 __all__ = ["linear_cross_entropy"]
 
-# A part of the logits, 16 MiB in float32. Its size is fixed, so that a row's bits depend neither on
+# A part of the logits, 8 MiB in float32. Its size is fixed, so that a row's bits depend neither on
 # the number of rows nor on that of threads.
-_ROWS = 4096
+_ROWS = 2048
 _WORDS = 1024
 # Torch adds up as many numbers in one thread.
 _SUMMED = 1 << 14
@@ -159,7 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """The sum over the rows of -log softmax(x W^T + b)[label].
 
-    Beyond the gradients, memory is that of x twice and of parts of [4096, 1024] logits. Under
+    Beyond the gradients, memory is that of x twice and of parts of [2048, 1024] logits. Under
     autocast the products are in the type of the other products, and the weight's gradient is in the
     weight's own. Differentiable once.
 
