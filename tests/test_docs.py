@@ -14,7 +14,12 @@ import pytest
 import torch
 from xlmr_vocabulary import write_tiny_vocabulary
 
-from xlmr_ext import XLMRobertaConfig, XLMRobertaForSequenceClassification, XLMRobertaModel
+from xlmr_ext import (
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
+)
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "tasks.md"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -38,11 +43,12 @@ def write_files(folder: Path) -> None:
         intermediate_size=32, max_position_embeddings=514,
     )  # fmt: skip
     XLMRobertaModel(config).save_pretrained(folder / "base")
+    XLMRobertaForMaskedLM(config).save_pretrained(folder / "language")
     config.num_labels = 3
     config.id2label = {0: "contradiction", 1: "neutral", 2: "entailment"}
     config.label2id = {name: index for index, name in config.id2label.items()}
     XLMRobertaForSequenceClassification(config).save_pretrained(folder / "nli")
-    for name in ("base", "nli"):
+    for name in ("base", "language", "nli"):
         (folder / name / vocabulary.name).write_bytes(vocabulary.read_bytes())
     vocabulary.unlink()
     for name in ("train.csv", "dev.csv", "dev-de.csv"):
@@ -53,6 +59,8 @@ def write_files(folder: Path) -> None:
     lines = "".join(f"{text}\n" for texts in TEXTS.values() for text in texts)
     for name in ("new.txt", "docs.txt"):
         (folder / name).write_text(lines, encoding="utf-8")
+    masked = "".join(f"{text.split()[0]} <mask>.\n" for texts in TEXTS.values() for text in texts)
+    (folder / "masked.txt").write_text(masked, encoding="utf-8")
     (folder / "entities.iob2").write_text(IOB2 * 2, encoding="utf-8")
     answer = {"text": "Paris", "answer_start": CONTEXT.index("Paris")}
     question = {"id": "1", "question": "Wohin fuhr Anna?", "answers": [answer]}

@@ -285,6 +285,7 @@ def test_answers_have_two_labels() -> None:
 def test_all_heads_are_public() -> None:
     heads = {name for name in xlmr_ext.__all__ if name.startswith("XLMRobertaFor")}
     assert heads == {
+        "XLMRobertaForMaskedLM",
         "XLMRobertaForMultipleChoice",
         "XLMRobertaForQuestionAnswering",
         "XLMRobertaForSequenceClassification",

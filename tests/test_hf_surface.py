@@ -61,7 +61,10 @@ def test_numbers_are_transformers(name: str) -> None:
     assert model.supports_gradient_checkpointing == theirs.supports_gradient_checkpointing
     assert model.can_generate() is theirs.can_generate() is False
     assert (model.base_model is model) == (theirs.base_model is theirs)
-    assert model.get_output_embeddings() is theirs.get_output_embeddings() is None
+    if "MaskedLM" in name:
+        assert model.get_output_embeddings() is model.lm_head.decoder
+    else:
+        assert model.get_output_embeddings() is theirs.get_output_embeddings() is None
     assert model.get_input_embeddings() is model.base_model.embeddings.word_embeddings
     assert model.get_position_embeddings() is model.base_model.embeddings.position_embeddings
     assert model.device == theirs.device
@@ -257,7 +260,7 @@ def test_bad_sizes() -> None:
 def pieces(name: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], int]:
     """A batch, the same in two unequal parts, and the number of its labels."""
     inputs = pad_batch([random_ids(n) for n in (5, 3, 8, 2, 6)])
-    if "Token" in name:
+    if "Token" in name or "MaskedLM" in name:
         inputs["labels"] = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"] % 3, -100)
     elif "Choice" in name:
         inputs = {n: t[:, None].expand(-1, 2, -1) for n, t in inputs.items()}

@@ -346,6 +346,7 @@ def test_from_a_folder(tokenizer: XLMRobertaTokenizer, tmp_path: Path) -> None:
         ("XLMRobertaForSequenceClassification", "text-classification"),
         ("XLMRobertaForTokenClassification", "token-classification"),
         ("XLMRobertaForQuestionAnswering", "question-answering"),
+        ("XLMRobertaForMaskedLM", "fill-mask"),
     ):
         folder = tmp_path / kind
         model = make_head(tokenizer, kind, labels[: 2 if "Question" in kind else 3])
@@ -361,7 +362,8 @@ def test_from_a_folder(tokenizer: XLMRobertaTokenizer, tmp_path: Path) -> None:
             assert made.task == task
             assert made.device == torch.device("cpu")
             if task != "question-answering":
-                assert made(TEXTS[0]) == pipeline(task, model, tokenizer=tokenizer)(TEXTS[0])
+                text = "The quick <mask> fox" if task == "fill-mask" else TEXTS[0]
+                assert made(text) == pipeline(task, model, tokenizer=tokenizer)(text)
     features = pipeline("feature-extraction", tmp_path / "XLMRobertaForSequenceClassification")
     assert len(features("fox")[0][0]) == 24
 
@@ -372,10 +374,10 @@ def test_what_cannot_be_made(tokenizer: XLMRobertaTokenizer, tmp_path: Path) -> 
     encoder.save_pretrained(tmp_path)
     known = (
         "text-classification, token-classification, question-answering, "
-        "zero-shot-classification, feature-extraction, sentiment-analysis, ner"
+        "zero-shot-classification, fill-mask, feature-extraction, sentiment-analysis, ner"
     )
-    with pytest.raises(ValueError, match=f"task must be one of {known}, got 'fill-mask'"):
-        pipeline("fill-mask", classifier)
+    with pytest.raises(ValueError, match=f"task must be one of {known}, got 'summarization'"):
+        pipeline("summarization", classifier)
     with pytest.raises(ValueError, match=r"use xlmr_ext\.ChoiceAnswerer"):
         pipeline("multiple-choice", classifier)
     with pytest.raises(ValueError, match="model must be given"):

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
         XLMRobertaForSequenceClassification,
         XLMRobertaForTokenClassification,
     )
+    from xlmr_ext.masked_lm import XLMRobertaForMaskedLM
     from xlmr_ext.modeling import XLMRobertaModel
     from xlmr_ext.packing import PackedBatch
     from xlmr_ext.pipelines import pipeline
     from xlmr_ext.tasks.choice import ChoiceAnswerer
     from xlmr_ext.tasks.embeddings import SentenceEncoder
     from xlmr_ext.tasks.entities import EntityRecognizer
+    from xlmr_ext.tasks.fill_mask import MaskFiller
     from xlmr_ext.tasks.question_answerer import QuestionAnswerer
     from xlmr_ext.tasks.zero_shot import ZeroShotClassifier
     from xlmr_ext.tokenization import XLMRobertaTokenizer
@@ -33,10 +35,12 @@ __version__ = "0.1.0"
 _HOME = {
     "ChoiceAnswerer": "xlmr_ext.tasks.choice",
     "EntityRecognizer": "xlmr_ext.tasks.entities",
+    "MaskFiller": "xlmr_ext.tasks.fill_mask",
     "PackedBatch": "xlmr_ext.packing",
     "QuestionAnswerer": "xlmr_ext.tasks.question_answerer",
     "SentenceEncoder": "xlmr_ext.tasks.embeddings",
     "XLMRobertaConfig": "xlmr_ext.configuration",
+    "XLMRobertaForMaskedLM": "xlmr_ext.masked_lm",
     "XLMRobertaForMultipleChoice": "xlmr_ext.heads",
     "XLMRobertaForQuestionAnswering": "xlmr_ext.heads",
     "XLMRobertaForSequenceClassification": "xlmr_ext.heads",
@@ -51,10 +55,12 @@ _HOME = {
 __all__ = [
     "ChoiceAnswerer",
     "EntityRecognizer",
+    "MaskFiller",
     "PackedBatch",
     "QuestionAnswerer",
     "SentenceEncoder",
     "XLMRobertaConfig",
+    "XLMRobertaForMaskedLM",
     "XLMRobertaForMultipleChoice",
     "XLMRobertaForQuestionAnswering",
     "XLMRobertaForSequenceClassification",

@@ -199,9 +199,8 @@ def save_model(
     config = model.config_to_save()
     config.validate()
     text = config.to_json_string().encode()
-    tensors = tensors_to_save(
-        model.state_dict(keep_vars=True) if state_dict is None else state_dict
-    )
+    own = model.state_dict(keep_vars=True)
+    tensors = tensors_to_save(own if state_dict is None else _without_twins(state_dict, own))
     single, index = (variant_name(name, variant) for name in _SAFETENSORS)
     old_shards = _shards_in(Path(directory), variant)
     shards, index_text = split_into_shards(tensors, max_shard_size, single, taken=old_shards)
@@ -220,6 +219,17 @@ def save_model(
         if index_text:
             (fresh / index).write_text(index_text, encoding="ascii")
         (fresh / CONFIG_NAME).write_bytes(text)
+
+
+def _without_twins(entries: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries without the later names of what the model shares, which stands there already."""
+    kept: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    for name, entry in entries.items():
+        other = first.setdefault(id(own[name]), name) if name in own else name
+        if other == name or not torch.equal(entry, kept[other]):
+            kept[name] = entry
+    return kept
 
 
 def _holds(path: Path, content: bytes) -> bool:
@@ -292,7 +302,7 @@ def _initialise(model: PreTrainedModel, missing: set[str], dtype: torch.dtype) -
     ``_init_weights`` works on whole modules, so the other parameters of such a module are made too,
     and replaced by the loaded ones afterwards.
     """
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Parameter] = {}  # by the parameter on the meta device that it replaces
     for prefix, module in model.named_modules(remove_duplicate=False):
         names = {
             f"{prefix}.{name}" if prefix else name: name
@@ -315,6 +325,11 @@ def _initialise(model: PreTrainedModel, missing: set[str], dtype: torch.dtype) -
                 raise NotImplementedError(
                     f"{type(model).__name__}._init_weights does not initialise {full}"
                 )
+    for module in model.modules():
+        # The other names of what is shared.
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in made:
+                module._parameters[name] = made[id(parameter)]
 
 
 def _fill_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -195,7 +195,9 @@ class XLMRobertaConfig(ConfigSurface):
 
     def knows(self, name: str) -> bool:
         """Whether ``name`` is a setting of this configuration, a kept one included."""
-        return name in _FIELDS or name == "num_labels" or name in self._other
+        # tie_word_embeddings is kept where it is given, and true where not.
+        elsewhere = ("num_labels", "tie_word_embeddings")
+        return name in _FIELDS or name in elsewhere or name in self._other
 
     def validate(self) -> None:
         """Checks every setting, again after attributes were assigned.

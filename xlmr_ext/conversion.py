@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from xlmr_ext.checkpoint import load_model, open_checkpoint, parse_dtype
 from xlmr_ext.configuration import CONFIG_NAME, XLMRobertaConfig, read_config
@@ -26,6 +25,7 @@ from xlmr_ext.heads import (
     XLMRobertaForTokenClassification,
 )
 from xlmr_ext.hub import OutOfReachError
+from xlmr_ext.masked_lm import XLMRobertaForMaskedLM
 from xlmr_ext.modeling import XLMRobertaModel
 from xlmr_ext.pretrained import PreTrainedModel
 from xlmr_ext.saving import prepare_folder, replace_checkpoint
@@ -36,32 +36,6 @@ __all__ = ["convert_checkpoint"]
 
 # Buffers, and the word embeddings once more: what files hold beside the model.
 _WITHOUT_MEANING = re.compile(r"(^|\.)embeddings\.(position|token_type)_ids$|^lm_head\.decoder\.")
-
-
-class _LMHead(nn.Module):
-    def __init__(self, config: XLMRobertaConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.layer_norm = nn.LayerNorm(config.hidden_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-
-class XLMRobertaForMaskedLM(PreTrainedModel):
-    """The weights of a masked language model, to be carried over; it computes nothing.
-
-    Its matrix is that of the word embeddings, so no file needs to hold it.
-    """
-
-    def __init__(self, config: XLMRobertaConfig) -> None:
-        super().__init__(config)
-        self.roberta = XLMRobertaModel(config, add_pooling_layer=False)
-        self.lm_head = _LMHead(config)
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, _LMHead):
-            nn.init.zeros_(module.bias)
 
 
 _CLASSES: dict[str, type[PreTrainedModel]] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +29,7 @@ def classification_loss(
     Raises:
         TypeError, ValueError: labels of another type, shape, device or range.
     """
-    _on_device_of(logits, "labels", labels)
+    _on_device(logits.device, "labels", labels)
     problem = problem_type or _problem_type(logits.shape[1], labels)
     if problem == "single_label_classification":
         return cross_entropy(logits, labels, num_items)
@@ -52,25 +55,44 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None
         logits: [..., L].
         labels: as many as there are rows of logits: whole numbers in [0, L), or :data:`IGNORED`.
     """
-    _on_device_of(logits, "labels", labels)
+    classes = logits.shape[-1]
+    targets = check_classes(labels, logits.shape[:-1], classes, logits.device)
+    loss = F.cross_entropy(logits.reshape(-1, classes), targets, reduction=_reduction(num_items))
+    return _reduced(loss, num_items)
+
+
+def check_classes(
+    labels: Tensor, shape: Sequence[int], classes: int, device: torch.device
+) -> Tensor:
+    """The labels as int64 in one dimension, checked.
+
+    Args:
+        labels: whole numbers in [0, classes), or :data:`IGNORED`; as many as ``shape`` has places.
+
+    Raises:
+        TypeError, ValueError: labels of another type, number, device or range.
+    """
+    _on_device(device, "labels", labels)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels are {labels.dtype}; expected class indices (torch.int64)")
-    rows, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if targets.shape[0] != rows.shape[0]:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)}; expected {list(logits.shape[:-1])}"
-        )
+    targets = labels.reshape(-1)
+    if targets.shape[0] != math.prod(shape):
+        raise ValueError(f"labels have shape {list(labels.shape)}; expected {list(shape)}")
     if not torch.compiler.is_compiling():
-        counted = targets[targets != IGNORED]
-        if counted.numel():
-            low, high = (int(x) for x in torch.aminmax(counted))
-            if low < 0 or high >= rows.shape[1]:
+        found = targets[targets != IGNORED]
+        if found.numel():
+            low, high = (int(x) for x in torch.aminmax(found))
+            if low < 0 or high >= classes:
                 raise ValueError(
-                    f"labels hold {low if low < 0 else high}; expected 0 to {rows.shape[1] - 1}, "
+                    f"labels hold {low if low < 0 else high}; expected 0 to {classes - 1}, "
                     f"or {IGNORED}"
                 )
-    loss = F.cross_entropy(rows, targets.long(), reduction=_reduction(num_items))
-    return _reduced(loss, num_items)
+    return targets.long()
+
+
+def counted(targets: Tensor) -> Tensor:
+    """The places of the labels that count, of :func:`check_classes`."""
+    return (targets != IGNORED).nonzero()[:, 0]
 
 
 def span_loss(
@@ -90,7 +112,7 @@ def span_loss(
 
 
 def _position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
-    _on_device_of(logits, name, positions)
+    _on_device(logits.device, name, positions)
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(f"{name} are {positions.dtype}; expected token positions (torch.int64)")
     batch, length = logits.shape
@@ -122,11 +144,11 @@ def _reduced(loss: Tensor, num_items: Tensor | int | None) -> Tensor:
     return loss if num_items is None else loss / num_items
 
 
-def _on_device_of(logits: Tensor, name: str, labels: Tensor) -> None:
+def _on_device(device: torch.device, name: str, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} are {type(labels).__name__}; expected a tensor")
-    if labels.device != logits.device:
-        raise ValueError(f"{name} are on {labels.device}; the model is on {logits.device}")
+    if labels.device != device:
+        raise ValueError(f"{name} are on {labels.device}; the model is on {device}")
 
 
 def _problem_type(num_labels: int, labels: Tensor) -> str:

@@ -135,6 +135,23 @@ class TokenClassifierOutput(ModelOutput):
 
 
 @dataclass
+class MaskedLMOutput(ModelOutput):
+    """Output of :class:`XLMRobertaForMaskedLM`.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: [B, S, vocab_size]; [N, vocab_size] for packed input. None in a training step, see
+            ``output_logits``.
+        hidden_states, attentions: as in :class:`BaseModelOutputWithPooling`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class QuestionAnsweringModelOutput(ModelOutput):
     """Output of :class:`XLMRobertaForQuestionAnswering`.
 
@@ -170,6 +187,7 @@ class MultipleChoiceModelOutput(ModelOutput):
 
 __all__ = [
     "BaseModelOutputWithPooling",
+    "MaskedLMOutput",
     "ModelOutput",
     "MultipleChoiceModelOutput",
     "QuestionAnsweringModelOutput",

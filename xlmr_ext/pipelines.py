@@ -2,8 +2,8 @@
 
 Each pipeline is a thin wrapper of the object that does the work, which may as well be used itself:
 :func:`xlmr_ext.prediction.predict`, :class:`xlmr_ext.EntityRecognizer`,
-:class:`xlmr_ext.QuestionAnswerer`, :class:`xlmr_ext.ZeroShotClassifier`. Their texts say how they
-differ from transformers, where they do.
+:class:`xlmr_ext.QuestionAnswerer`, :class:`xlmr_ext.ZeroShotClassifier`,
+:class:`xlmr_ext.MaskFiller`. Their texts say how they differ from transformers, where they do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from xlmr_ext.configuration import XLMRobertaConfig
 from xlmr_ext.data import check_vocabulary
+from xlmr_ext.masked_lm import XLMRobertaForMaskedLM
 from xlmr_ext.modeling import XLMRobertaModel
 from xlmr_ext.prediction import (
     classify,
@@ -31,6 +32,7 @@ from xlmr_ext.prediction import (
     windows,
 )
 from xlmr_ext.tasks.entities import EntityRecognizer
+from xlmr_ext.tasks.fill_mask import MaskFiller
 from xlmr_ext.tasks.question_answerer import QuestionAnswerer
 from xlmr_ext.tasks.registry import head_class, refuse_missing, task_of_architectures
 from xlmr_ext.tasks.zero_shot import ZeroShotClassifier
@@ -336,6 +338,38 @@ class ZeroShotClassificationPipeline(Pipeline):
         )
 
 
+class FillMaskPipeline(Pipeline):
+    """Words for the ``<mask>`` of texts: a list of ``{"score", "token", "token_str", "sequence"}``.
+
+    A text with several masks has a list of such lists. A list of one text gives a list of one
+    result; transformers gives that result.
+
+    Options:
+        top_k (5), targets: see :class:`xlmr_ext.MaskFiller`.
+        truncation, max_length: as the tokenizer has them, also within ``tokenizer_kwargs``.
+            Without, a text that is too long is refused.
+    """
+
+    task = "fill-mask"
+    _options = ("top_k", "targets", "tokenizer_kwargs", "truncation", "max_length")
+
+    def _results(
+        self, inputs: Iterable[Any], options: dict[str, Any], batch_size: int
+    ) -> Iterator[Any]:
+        tokenizing = {**options, **self._checked(options.get("tokenizer_kwargs") or {})}
+        top_k = 5 if options.get("top_k") is None else int(options["top_k"])
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        filler = MaskFiller(self.model, self.tokenizer)
+        targets = options.get("targets")
+        ids = None if targets is None else filler.target_ids(targets)
+        for rows in windows(single_texts(inputs), _window(inputs, batch_size)):
+            texts = [text for text, _ in rows]
+            sequences = self._tokenized(texts, None, tokenizing)
+            filler.check_masks(texts, sequences)
+            yield from filler.fill(sequences, top_k, ids, batch_size)
+
+
 class FeatureExtractionPipeline(Pipeline):
     """The encoder's last hidden states of texts: a list [1][tokens][hidden_size] for each.
 
@@ -374,10 +408,12 @@ _PIPELINES: dict[str, type[Pipeline]] = {
         TokenClassificationPipeline,
         QuestionAnsweringPipeline,
         ZeroShotClassificationPipeline,
+        FillMaskPipeline,
         FeatureExtractionPipeline,
     )
 }
-# What the models of a pipeline are trained for, in the registry's words; others take an encoder.
+# What the models of a pipeline are trained for, in the registry's words; fill-mask's are language
+# models, others take an encoder.
 _HEADS = {
     "text-classification": "classification",
     "token-classification": "tokens",
@@ -410,8 +446,8 @@ def pipeline(
 
     Args:
         task: "text-classification" (or "sentiment-analysis"), "token-classification" ("ner"),
-            "question-answering", "zero-shot-classification", "feature-extraction". None: what the
-            model's head is for.
+            "question-answering", "zero-shot-classification", "fill-mask", "feature-extraction".
+            None: what the model's head is for.
         model: a directory, a hub name, or a model of this package. There is no default.
         tokenizer: the same; None takes what belongs to the model.
         config, revision, token, cache_dir, local_files_only, dtype, torch_dtype, device_map,
@@ -475,6 +511,8 @@ def _task(task: str | None, model: Any, hub: Mapping[str, Any]) -> str:
         names = XLMRobertaConfig.from_pretrained(model, **hub).architectures
     else:
         names = [kind.__name__ for kind in type(model).__mro__]
+    if XLMRobertaForMaskedLM.__name__ in (names or ()):
+        return FillMaskPipeline.task
     head = task_of_architectures(names)
     for name, its in _HEADS.items():
         if its == head:
@@ -486,13 +524,16 @@ def _task(task: str | None, model: Any, hub: Mapping[str, Any]) -> str:
 
 
 def _class(task: str) -> type[PreTrainedModel]:
+    if task == FillMaskPipeline.task:
+        return XLMRobertaForMaskedLM
     return head_class(_HEADS[task]) if task in _HEADS else XLMRobertaModel
 
 
 def _loaded(task: str, name: str, **options: Any) -> PreTrainedModel:
-    if task not in _HEADS:
+    kind = _class(task)
+    if kind is XLMRobertaModel:
         options["add_pooling_layer"] = False
-    model, loading = _class(task).from_pretrained(name, output_loading_info=True, **options)
+    model, loading = kind.from_pretrained(name, output_loading_info=True, **options)
     refuse_missing(loading["missing_keys"], f"{name} is not trained for {task}")
     # What is packed runs on the CPU.
     return model.optimize_for_inference() if model.device.type == "cpu" else model

@@ -104,7 +104,7 @@ MODELS: dict[str, str] = {
     "loss_function": "the loss follows from labels and config.problem_type; others: outputs.logits",
     "prune_heads": "heads are not cut out; torch.nn.utils.prune zeroes weights",
     "resize_position_embeddings": "positions are as many as were trained",
-    "set_output_embeddings": "no output layer is tied to the word embeddings",
+    "set_output_embeddings": "the head has no map onto the vocabulary; XLMRobertaForMaskedLM has",
     # peft asks for it where it tunes a prefix of keys and values.
     "transformer_backbone_name": "an encoder has no past keys and values that a prefix could be; "
     "LoRA and prompt tuning work",
@@ -232,7 +232,6 @@ TOKENIZERS: dict[str, str] = {
 
 _XL = "XL and XXL are pre-LayerNorm models, which xlmr_ext does not have"
 _AUTO = "name the class: XLMRobertaForSequenceClassification, XLMRobertaTokenizer, ..."
-_VOCABULARY_HEAD = "there is no head over the vocabulary"
 
 
 def package_hint(name: str) -> str:
@@ -242,8 +241,7 @@ def package_hint(name: str) -> str:
     if name.startswith("Auto"):
         return _AUTO
     return {
-        "XLMRobertaForCausalLM": _VOCABULARY_HEAD,
-        "XLMRobertaForMaskedLM": _VOCABULARY_HEAD,
+        "XLMRobertaForCausalLM": _ENCODER,
         "XLMRobertaPreTrainedModel": "the base class is xlmr_ext.pretrained.PreTrainedModel",
         "XLMRobertaTokenizerFast": "XLMRobertaTokenizer is the fast one",
         "Trainer": "from xlmr_ext.hf_trainer import Trainer",

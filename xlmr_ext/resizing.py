@@ -45,16 +45,51 @@ def resize(
     new = nn.Embedding(rows, old.shape[1], padding, device=old.device, dtype=old.dtype)
     if added > 0 and not mean:
         initialise(new)
-    with torch.no_grad():
-        new.weight[: old.shape[0]] = old[:rows]
-        if added > 0 and mean:
-            for first in range(old.shape[0], rows, _BLOCK):
-                part = new.weight[first : first + _BLOCK]
-                part.copy_(_near_the_mean(old, part.shape[0]))
-    # The parameter itself stays, for optimizers that hold it.
-    embedding.weight.grad = None
-    embedding.weight.data = new.weight.data
+    _fill(new.weight, old, mean)
+    _put(embedding.weight, new.weight)
     embedding.num_embeddings = rows
+
+
+def resize_decoder(
+    decoder: nn.Linear, rows: int, mean: bool, initialise: Callable[[nn.Module], None]
+) -> None:
+    """The same for a map onto the vocabulary, whose matrix may be that of embeddings that have
+    ``rows`` rows already. A new word's bias is near the mean of the biases, or 0."""
+    weight = decoder.weight.detach()
+    if weight.shape[0] != rows:
+        new = nn.Linear(weight.shape[1], rows, bias=False, device=weight.device, dtype=weight.dtype)
+        if not mean:
+            initialise(new)
+        _fill(new.weight, weight, mean)
+        _put(decoder.weight, new.weight)
+    resize_bias(decoder.bias, rows, mean)
+    decoder.out_features = rows
+
+
+def resize_bias(bias: nn.Parameter, rows: int, mean: bool) -> None:
+    """Changes the length of a bias in place; nothing where it has that length."""
+    old = bias.detach()
+    if old.shape[0] != rows:
+        new = old.new_zeros(rows)
+        _fill(new[:, None], old[:, None], mean)
+        _put(bias, new)
+
+
+def _fill(new: Tensor, old: Tensor, mean: bool) -> None:
+    """Copies the rows that stay; the others are drawn near the mean, or stay as they are."""
+    rows, kept = new.shape[0], old.shape[0]
+    with torch.no_grad():
+        new[:kept] = old[:rows]
+        if mean:
+            for first in range(kept, rows, _BLOCK):
+                part = new[first : first + _BLOCK]
+                part.copy_(_near_the_mean(old, part.shape[0]))
+
+
+def _put(parameter: Tensor, new: Tensor) -> None:
+    # The parameter itself stays, for optimizers that hold it.
+    parameter.grad = None
+    parameter.data = new.data
 
 
 def _near_the_mean(table: Tensor, count: int) -> Tensor:

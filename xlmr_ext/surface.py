@@ -151,13 +151,15 @@ class ModelSurface(nn.Module):
 
         Args:
             only_trainable: count those that require a gradient.
-            exclude_embeddings: leave out the weights of embeddings.
+            exclude_embeddings: leave out the weights of embeddings, but for one that is also
+                another module's, as a language model's.
         """
-        left_out = {
-            id(module.weight)
-            for module in self.modules()
-            if exclude_embeddings and isinstance(module, nn.Embedding)
-        }
+        left_out: set[int] = set()
+        elsewhere: set[int] = set()
+        for module in self.modules() if exclude_embeddings else ():
+            ids = {id(parameter) for parameter in module._parameters.values()}
+            (left_out if isinstance(module, nn.Embedding) else elsewhere).update(ids)
+        left_out -= elsewhere
         return sum(
             p.numel()
             for p in self.parameters()
@@ -192,8 +194,9 @@ class ModelSurface(nn.Module):
         """Puts another module in the place of the word embeddings."""
         self.base_model.get_submodule("embeddings").word_embeddings = value
 
-    def get_output_embeddings(self) -> None:
-        """None: no head projects onto the vocabulary."""
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The map onto the vocabulary; None: the head has none."""
+        return None
 
     def get_position_embeddings(self) -> nn.Module:
         """The learned positions.
@@ -208,7 +211,7 @@ class ModelSurface(nn.Module):
         return self.base_model
 
     def tie_weights(self) -> None:
-        """Nothing to do: no weights are shared."""
+        """Makes the weights one that the model shares; nothing to do where it shares none."""
 
     def resize_token_embeddings(
         self,

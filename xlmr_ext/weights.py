@@ -118,11 +118,13 @@ def match_entries(
 
     # A parameter with two names needs one entry.
     entry = {id(expected[name]): key for name, key in plan.source.items()}
+    lacking: set[int] = set()
     for name, tensor in expected.items():
         if name not in plan.source:
             if id(tensor) in entry:
                 plan.source[name] = entry[id(tensor)]
-            else:
+            elif id(tensor) not in lacking:
+                lacking.add(id(tensor))
                 plan.missing.append(name)
         if name in plan.source:
             there, here = shapes[plan.source[name]], tuple(tensor.shape)
@@ -181,11 +183,22 @@ def check_dtypes(
 def read_tensors(
     expected: Mapping[str, Tensor], plan: Plan, weights: WeightsFile, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The entries under the model's names; a parameter with two names is one object."""
+    """The entries under the model's names; a parameter with two names is one object.
+
+    Raises:
+        ValueError: the file has two entries for it, and they differ.
+    """
     read: dict[int, Tensor] = {}
+    first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     for name, key in plan.source.items():
         target = expected[name]
+        other = first.setdefault(id(target), key)
+        if other != key and not _same(weights.read(key), weights.read(other)):
+            raise ValueError(
+                f"{weights.file_of(key)}: {other} and {key} differ, and are one parameter of the "
+                "model (tie_word_embeddings=False makes them two)"
+            )
         if id(target) not in read:
             tensor = weights.read(key).to(dtype if target.is_floating_point() else target.dtype)
             # Headers of any length exist; the kernels need elements on their own boundary.
@@ -196,6 +209,10 @@ def read_tensors(
             read[id(target)] = tensor
         tensors[name] = read[id(target)]
     return tensors
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b.to(a.dtype))
 
 
 def tensors_to_save(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
