@@ -25,6 +25,22 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
+def adamw(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW on the trainable parameters; ValueError where there are none."""
+    groups = parameter_groups(model, weight_decay)
+    if not groups:
+        raise ValueError("the model has no parameter that requires a gradient")
+    # One fused kernel a parameter; torch has it for these types on the CPU and on CUDA.
+    fused = all(
+        p.dtype in (torch.float32, torch.float64) and p.device.type in ("cpu", "cuda")
+        for group in groups
+        for p in group["params"]
+    )
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+
+
 def warmup_steps(total: int, ratio: float) -> int:
     """Steps of warm-up: ``ratio`` of the total, rounded to the nearest, at least 1 if any."""
     return min(total, max(1, round(total * ratio))) if ratio > 0 else 0
@@ -126,6 +142,18 @@ class NarrowVocabulary:
             yield
         finally:
             self._install(self.weight)
+
+    @contextmanager
+    def lent_whole(self) -> Iterator[None]:
+        """As :meth:`made_whole`; afterwards the whole table is as it was before."""
+        with torch.no_grad():
+            before, decay = self._whole.detach().clone(), self._pending_decay
+            try:
+                with self.made_whole():
+                    yield
+            finally:
+                self._whole.copy_(before)
+                self._pending_decay = decay
 
     @contextmanager
     def shown_whole(self) -> Iterator[None]:

@@ -57,7 +57,8 @@ Learning rate: linear warm-up, then linear decay to 0, with AdamW. After every e
 evaluated on DEV; OUTPUT holds the weights of the best epoch, or, without DEV, of the latest. The
 best is the one with the highest macro F1, then accuracy (classification); F1 of entities, then
 accuracy of words (tokens); F1 of words, then exact match (qa); accuracy, then lowest loss (choice).
-OUTPUT is a checkpoint in Hugging Face's layout."""
+OUTPUT is a checkpoint in Hugging Face's layout. While the run goes on,
+OUTPUT/xlmr_ext_training.jsonl grows by a JSON object for every step and every evaluation."""
 
 EXAMPLES = """\
 examples:
@@ -105,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--weight-decay", not_negative, 0.01, "of matrices, not of biases and LayerNorm"),
         ("--max-grad-norm", above_zero, 1.0, "2-norm that a step's gradient is clipped to"),
         ("--bucket-batches", count, 1, "batches sorted by length together; 1 only shuffles"),
+        (
+            "--gradient-accumulation-steps",
+            count,
+            1,
+            "batches of --batch-size whose gradients add up to one step",
+        ),
     ):
         recipe.add_argument(name, metavar="N", type=kind, default=default, help=text)
     recipe.add_argument(
@@ -116,6 +123,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "takes less)",
     )
     add_device(recipe)
+    course = parser.add_argument_group("course of the run")
+    course.add_argument(
+        "--eval-steps",
+        metavar="N",
+        type=count,
+        help="evaluate on DEV after every N steps and at the end (default: after every epoch)",
+    )
+    course.add_argument(
+        "--early-stopping-patience",
+        metavar="N",
+        type=count,
+        help="stop after N evaluations in a row without a better one (default: never)",
+    )
+    course.add_argument(
+        "--keep-last",
+        action="store_true",
+        help="at the end, also write the last weights, to OUTPUT/last",
+    )
+    course.add_argument(
+        "--log-steps",
+        metavar="N",
+        type=count,
+        default=1,
+        help="steps from one line of OUTPUT/xlmr_ext_training.jsonl to the next",
+    )
     add_hub(parser)
 
 
@@ -167,7 +199,12 @@ def run(arguments: argparse.Namespace) -> int:
         max_grad_norm=arguments.max_grad_norm,
         seed=arguments.seed,
         bucket_batches=arguments.bucket_batches,
-        on_epoch=_print_json if arguments.json else _printer(arguments.epochs),
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        eval_steps=arguments.eval_steps,
+        early_stopping_patience=arguments.early_stopping_patience,
+        keep_last=arguments.keep_last,
+        log_steps=arguments.log_steps,
+        on_epoch=_print_json if arguments.json else _printer(arguments),
     )
     _print_end(arguments, result)
     if arguments.report is not None:
@@ -179,11 +216,13 @@ def _print_json(record: EpochRecord) -> None:
     print(json.dumps(record.as_row()), flush=True)
 
 
-def _printer(epochs: int) -> Callable[[EpochRecord], None]:
+def _printer(arguments: argparse.Namespace) -> Callable[[EpochRecord], None]:
     def show(record: EpochRecord) -> None:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-        line = f"epoch {record.epoch}/{epochs}  loss {record.train_loss:.4f}"
+        line = f"epoch {record.epoch}/{arguments.epochs}  loss {record.train_loss:.4f}"
+        if arguments.eval_steps is not None:
+            line = f"step {record.step}  {line}"
         if record.dev is not None:
             line += f"  {shown_metrics(record.dev, 'dev ')}"
         tqdm.write(f"{line}  ({record.seconds:.1f} s)", file=sys.stdout)
@@ -198,16 +237,22 @@ def _print_end(arguments: argparse.Namespace, result: FinetuneResult) -> None:
             "task": result.task,
             "output": str(arguments.output),
             "best_epoch": result.best_epoch,
+            "best_step": result.best_step,
             "steps": result.steps,
+            "stopped_early": result.stopped_early,
             "seconds": result.seconds,
             "at_chance": result.at_chance,
             "labels": result.labels,
         }
         print(json.dumps(row), flush=True)
         return
+    best = f"epoch {result.best_epoch}"
+    if arguments.eval_steps is not None:
+        best = f"step {result.best_step}"
+    early = ", stopped early" if result.stopped_early else ""
     print(
-        f"{result.steps} steps in {result.seconds:.1f} s; {arguments.output} holds the weights of "
-        f"epoch {result.best_epoch}"
+        f"{result.steps} steps in {result.seconds:.1f} s{early}; {arguments.output} holds the "
+        f"weights of {best}"
     )
     what = "label texts" if result.task == "classification" else "run it"
     print(f"{what}: {PROGRAM} predict --model {arguments.output} --input FILE")
@@ -233,6 +278,10 @@ def _report(
         "seed": str(arguments.seed),
         "steps": f"{result.steps} in {result.seconds:.1f} s",
     }
+    if arguments.eval_steps is not None:
+        facts["best step"] = str(result.best_step)
+    if arguments.gradient_accumulation_steps > 1:
+        facts["batches a step"] = str(arguments.gradient_accumulation_steps)
     if result.at_chance:
         facts["warning"] = "the run ended as good as guessing"
     report(

@@ -154,6 +154,13 @@ class Task(ABC):
     def loss(self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[Any]) -> Tensor:
         """Mean loss of a batch, a scalar; ``targets`` are those of its examples, in order."""
 
+    def items(self, targets: Sequence[Any]) -> float:
+        """What the loss of a batch is the mean over, counted: as a rule, its examples.
+
+        The loss of several batches together is the mean of theirs, weighted by this.
+        """
+        return float(len(targets))
+
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, features: Features, *, batch_size: int) -> Scores:
         """Scores on the features of data made with ``training=False``.

@@ -201,6 +201,10 @@ class TokenTask(Task):
         loss: Tensor = model(packed=batch, labels=labels).loss
         return loss
 
+    def items(self, targets: Sequence[Sequence[int]]) -> float:
+        """The words of the batch that count."""
+        return float(sum(label != IGNORED for row in targets for label in row))
+
     def evaluate(self, model: PreTrainedModel, features: Features, *, batch_size: int) -> Scores:
         """See :meth:`Task.evaluate`; the details are an :class:`EntityEvaluation`."""
         assert isinstance(features, TokenFeatures)
