@@ -25,6 +25,7 @@ from xlmr_ext.cli.task_arguments import (
     check_options,
     load_to_train,
     read_task_data,
+    refuse_others,
     refuse_stdin,
     shown_metrics,
     task_options,
@@ -104,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--learning-rate", above_zero, 5e-5, "the peak, after warm-up"),
         ("--warmup-ratio", share, 0.1, "share of the steps that warm up"),
         ("--weight-decay", not_negative, 0.01, "of matrices, not of biases and LayerNorm"),
+        ("--layer-decay", share, 1.0, "what a layer's learning rate is of that of the layer above"),
         ("--max-grad-norm", above_zero, 1.0, "2-norm that a step's gradient is clipped to"),
         ("--bucket-batches", count, 1, "batches sorted by length together; 1 only shuffles"),
         (
@@ -121,6 +123,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that a text is cut to, or that a window has (default: "
         f"{TASKS['classification'].max_length}, qa {TASKS['qa'].max_length}, less where the model "
         "takes less)",
+    )
+    recipe.add_argument(
+        "--label-smoothing",
+        metavar="N",
+        type=share,
+        default=0.0,
+        help="share of a target that is spread over all labels (classification, tokens)",
+    )
+    recipe.add_argument(
+        "--class-weights",
+        metavar="WEIGHTS",
+        type=_weights,
+        help="balanced, or a number for each label in the order of their ids, such as 1,2.5: what "
+        "the labels weigh in the loss (classification, tokens; default: all rows the same)",
     )
     add_device(recipe)
     course = parser.add_argument_group("course of the run")
@@ -155,6 +171,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(arguments)
     name: str = arguments.task or task_of_file(arguments.train)
     check_options(arguments, name)
+    labelled = ("classification", "tokens")
+    refuse_others(arguments, name, dict.fromkeys(("label_smoothing", "class_weights"), labelled))
     paths = [path for path in (arguments.train, arguments.dev) if path is not None]
     refuse_stdin(arguments, paths)
     for path in paths:
@@ -196,6 +214,9 @@ def run(arguments: argparse.Namespace) -> int:
         learning_rate=arguments.learning_rate,
         warmup_ratio=arguments.warmup_ratio,
         weight_decay=arguments.weight_decay,
+        layer_decay=arguments.layer_decay,
+        label_smoothing=arguments.label_smoothing,
+        class_weights=arguments.class_weights,
         max_grad_norm=arguments.max_grad_norm,
         seed=arguments.seed,
         bucket_batches=arguments.bucket_batches,
@@ -210,6 +231,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         _report(arguments, result, len(train), None if dev is None else len(dev))
     return 0
+
+
+def _weights(text: str) -> list[float] | str:
+    return text if text == "balanced" else [above_zero(part) for part in text.split(",")]
 
 
 def _print_json(record: EpochRecord) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xlmr_ext.prediction import check_max_length, label_names
 from xlmr_ext.tasks.registry import read_data
+from xlmr_ext.tasks.weighting import LabelWeighting
 
 if TYPE_CHECKING:
     from xlmr_ext.packing import PackedBatch
@@ -104,6 +105,7 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.max_length = check_max_length(model, max_length)
         self.labels = []
+        self.weighting: LabelWeighting | None = None
 
     def load(self, given: Any, name: str) -> Any:
         """The data of ``finetune``'s argument ``name``: a path is read by the task's reader.
@@ -159,7 +161,41 @@ class Task(ABC):
 
         The loss of several batches together is the mean of theirs, weighted by this.
         """
-        return float(len(targets))
+        labels = self.counted_labels(targets)
+        if labels is None:
+            return float(len(targets))
+        return float(len(labels)) if self.weighting is None else self.weighting.items(labels)
+
+    def counted_labels(self, targets: Sequence[Any]) -> Sequence[int] | None:
+        """The ids of the labels that the loss is the mean over; None where a head has no labels."""
+        return None
+
+    def weigh(
+        self,
+        features: Features,
+        *,
+        label_smoothing: float,
+        class_weights: Sequence[float] | str | None,
+    ) -> None:
+        """Sets how labels count in :meth:`loss`, see :class:`LabelWeighting`; not in
+        :meth:`evaluate`.
+
+        Args:
+            features: what is to be learnt, for balanced weights.
+
+        Raises:
+            ValueError: weights that are not one for each label, or a task without labels.
+        """
+        self.weighting = None
+        if not label_smoothing and class_weights is None:
+            return
+        labels = self.counted_labels(features.targets)
+        if labels is None:
+            raise ValueError(
+                f"label_smoothing and class_weights are for classification and tokens, and the "
+                f"task is {self.name}"
+            )
+        self.weighting = LabelWeighting.of(label_smoothing, class_weights, self.labels, labels)
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, features: Features, *, batch_size: int) -> Scores:

@@ -14,7 +14,7 @@ import torch
 
 from xlmr_ext.chance import ChanceWarning, signs_of_chance
 from xlmr_ext.data import LengthBatches, packed
-from xlmr_ext.optim import adamw, linear_schedule, warmup_steps
+from xlmr_ext.optim import adamw, linear_schedule, set_rate, warmup_steps
 from xlmr_ext.prediction import Evaluation
 from xlmr_ext.training.meter import Meter
 from xlmr_ext.training.records import EpochRecord, FinetuneResult
@@ -38,7 +38,7 @@ class Position:
     Args:
         epoch: the one under way, from 1; ``done`` of its steps are behind the run.
         loss_sum, examples: since the latest record.
-        rate, gradient_norm: of the latest step; the norm is that before it was clipped.
+        rate, gradient_norm: of the latest step; the head's rate, and the norm before clipping.
         waited: evaluations since the best one.
         seconds: that the run took; ``recorded`` of them are in records.
         best_step: of the best weights, 0 before the first.
@@ -107,7 +107,9 @@ class Loop:
         self.total = settings.epochs * len(batches)
         self.warmup = warmup_steps(self.total, settings.warmup_ratio)
         self.guessing_loss = self.task.guessing_loss(data)
-        optimizer = adamw(self.model, settings.learning_rate, settings.weight_decay)
+        optimizer = adamw(
+            self.model, settings.learning_rate, settings.weight_decay, settings.layer_decay
+        )
         started = time.monotonic() - at.seconds
         self.meter = Meter(self.total, at.step, self.progress)
         while at.epoch <= settings.epochs and not self._waited_enough():
@@ -164,8 +166,7 @@ class Loop:
         at.rate = self.settings.learning_rate * linear_schedule(
             at.step + 1, self.total, self.warmup
         )
-        for group in optimizer.param_groups:
-            group["lr"] = at.rate
+        set_rate(optimizer, at.rate)
         parts = [examples[first : first + size] for first in range(0, len(examples), size)]
         items = [self.task.items([data.targets[e] for e in part]) for part in parts]
         value, tokens = 0.0, 0
@@ -195,7 +196,7 @@ class Loop:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.narrow is not None:
-            self.narrow.step(at.rate * self.settings.weight_decay)
+            self.narrow.step(optimizer)
         at.losses.append(value)
         at.loss_sum += value * len(examples)
         at.examples += len(examples)

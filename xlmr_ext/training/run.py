@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -50,10 +50,13 @@ def finetune(
     learning_rate: float = 5e-5,
     warmup_ratio: float = 0.1,
     weight_decay: float = 0.01,
+    layer_decay: float = 1.0,
     max_grad_norm: float | None = 1.0,
     max_length: int | None = None,
     seed: int = 42,
     bucket_batches: int = 1,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | Literal["balanced"] | None = None,
     narrow_vocabulary: bool = True,
     eval_steps: int | None = None,
     early_stopping_patience: int | None = None,
@@ -89,12 +92,19 @@ def finetune(
         learning_rate: the peak, reached after ``warmup_ratio`` of all steps; falls linearly
             to 0 at the end.
         weight_decay: on matrices only, not on biases and LayerNorm.
+        layer_decay: what a layer's learning rate is of that of the layer above it; the head has the
+            whole, the embeddings the least; see :func:`xlmr_ext.optim.parameter_groups`.
         max_grad_norm: the gradient of all parameters together is scaled down to this 2-norm;
             None does not clip.
         max_length: tokens that a text is cut to, or a window has; None: as many as the task
             usually has (128, question answering 384), where the model takes them. A given task
             has its own.
         bucket_batches: see :class:`xlmr_ext.data.LengthBatches`.
+        label_smoothing: the share of a target that is spread evenly over all labels, from 0 to
+            below 1; of classification and tokens, as in torch's ``cross_entropy``.
+        class_weights: a weight for each of the model's labels, by id, or "balanced": each label
+            weighs as much as the others, however many rows it has. Dev metrics count every row
+            once. Of classification and tokens, as ``weight`` of torch's ``cross_entropy``.
         narrow_vocabulary: train only the word-embedding rows that the data uses: the same
             result in less memory and time, see :class:`xlmr_ext.optim.NarrowVocabulary`.
         eval_steps: evaluate after so many optimiser steps, and at the end, in place of after every
@@ -129,10 +139,17 @@ def finetune(
         learning_rate=learning_rate,
         warmup_ratio=warmup_ratio,
         weight_decay=weight_decay,
+        layer_decay=layer_decay,
         max_grad_norm=max_grad_norm,
         max_length=task.max_length,
         seed=seed,
         bucket_batches=bucket_batches,
+        label_smoothing=label_smoothing,
+        class_weights=(
+            class_weights
+            if class_weights is None or isinstance(class_weights, str)
+            else tuple(map(float, class_weights))
+        ),
         eval_steps=eval_steps,
         early_stopping_patience=early_stopping_patience,
     )
@@ -144,6 +161,7 @@ def finetune(
     data = task.features(train_data, training=True)
     if not len(data):
         raise ValueError("train has no examples left to learn from")
+    task.weigh(data, label_smoothing=label_smoothing, class_weights=settings.class_weights)
     dev_features = None if dev_data is None else task.features(dev_data, training=False)
     del train_data, dev_data
     every = [data] if dev_features is None else [data, dev_features]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from xlmr_ext.tasks.weighting import check_smoothing
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -16,10 +18,13 @@ class Settings:
     learning_rate: float
     warmup_ratio: float
     weight_decay: float
+    layer_decay: float
     max_grad_norm: float | None
     max_length: int
     seed: int
     bucket_batches: int
+    label_smoothing: float
+    class_weights: tuple[float, ...] | str | None
     eval_steps: int | None
     early_stopping_patience: int | None
 
@@ -39,6 +44,9 @@ class Settings:
             raise ValueError(f"warmup_ratio must be from 0 to 1, got {self.warmup_ratio}")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        check_smoothing(self.label_smoothing)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0 or None, got {self.max_grad_norm}")
         if not 0 <= self.seed < 2**32:
