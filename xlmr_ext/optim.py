@@ -120,6 +120,7 @@ class NarrowVocabulary:
         self._place = {int(row): place for place, row in enumerate(rows)}
         self._rows = torch.from_numpy(rows).to(self._whole.device)
         self._pending_decay = 1.0
+        self._applied: list[float] = []
         self.weight = torch.nn.Parameter(self._whole.detach()[self._rows])
 
     @staticmethod
@@ -187,13 +188,13 @@ class NarrowVocabulary:
     def lent_whole(self) -> Iterator[None]:
         """As :meth:`made_whole`; afterwards the whole table is as it was before."""
         with torch.no_grad():
-            before, decay = self._whole.detach().clone(), self._pending_decay
+            before, state = self._whole.detach().clone(), self.state()
             try:
                 with self.made_whole():
                     yield
             finally:
                 self._whole.copy_(before)
-                self._pending_decay = decay
+                self._pending_decay, self._applied = state["pending"], state["applied"]
 
     @contextmanager
     def shown_whole(self) -> Iterator[None]:
@@ -215,12 +216,25 @@ class NarrowVocabulary:
         with torch.no_grad():
             if self._pending_decay != 1.0:
                 self._whole.mul_(self._pending_decay)
+                self._applied.append(self._pending_decay)
                 self._pending_decay = 1.0
             self._whole[self._rows] = self.weight
 
     def forget_decay(self) -> None:
         """Drops what was noted since the table was last made whole: weights were set back."""
         self._pending_decay = 1.0
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside :attr:`weight`: the decay of the rows without data."""
+        return {"pending": self._pending_decay, "applied": list(self._applied)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Decays the rows of a table that is as it was at the start, factor by factor, so that they
+        have the bits of the table whose :meth:`state` this was."""
+        with torch.no_grad():
+            for decay in state["applied"]:
+                self._whole.mul_(decay)
+        self._pending_decay, self._applied = state["pending"], list(state["applied"])
 
     def _install(self, weight: torch.nn.Parameter) -> None:
         self._embedding.weight = weight

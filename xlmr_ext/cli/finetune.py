@@ -14,6 +14,7 @@ from xlmr_ext.cli.arguments import (
     add_device,
     add_hub,
     count,
+    count_or_zero,
     not_negative,
     share,
 )
@@ -59,7 +60,12 @@ evaluated on DEV; OUTPUT holds the weights of the best epoch, or, without DEV, o
 best is the one with the highest macro F1, then accuracy (classification); F1 of entities, then
 accuracy of words (tokens); F1 of words, then exact match (qa); accuracy, then lowest loss (choice).
 OUTPUT is a checkpoint in Hugging Face's layout. While the run goes on,
-OUTPUT/xlmr_ext_training.jsonl grows by a JSON object for every step and every evaluation."""
+OUTPUT/xlmr_ext_training.jsonl grows by a JSON object for every step and every evaluation.
+
+A run that was stopped, by whatever means, goes on with --resume and otherwise the same command:
+from the state that is saved after every epoch (--save-steps), or, where there is none yet, from the
+beginning. Where the run had ended, there is nothing to do. Other data, settings or weights than
+those of the run are refused."""
 
 EXAMPLES = """\
 examples:
@@ -164,6 +170,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="steps from one line of OUTPUT/xlmr_ext_training.jsonl to the next",
     )
+    course.add_argument(
+        "--save-steps",
+        metavar="N",
+        type=count_or_zero,
+        help="save the state that --resume goes on from after every N steps; 0 never (default: "
+        "after every epoch)",
+    )
+    course.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the state in OUTPUT, to the same bits as a run that was never stopped; "
+        "give the rest of the command as it was",
+    )
     add_hub(parser)
 
 
@@ -225,6 +244,8 @@ def run(arguments: argparse.Namespace) -> int:
         early_stopping_patience=arguments.early_stopping_patience,
         keep_last=arguments.keep_last,
         log_steps=arguments.log_steps,
+        save_steps=arguments.save_steps,
+        resume=arguments.resume,
         on_epoch=_print_json if arguments.json else _printer(arguments),
     )
     _print_end(arguments, result)
@@ -265,6 +286,7 @@ def _print_end(arguments: argparse.Namespace, result: FinetuneResult) -> None:
             "best_step": result.best_step,
             "steps": result.steps,
             "stopped_early": result.stopped_early,
+            "resumed_at": result.resumed_at,
             "seconds": result.seconds,
             "at_chance": result.at_chance,
             "labels": result.labels,
@@ -274,9 +296,12 @@ def _print_end(arguments: argparse.Namespace, result: FinetuneResult) -> None:
     best = f"epoch {result.best_epoch}"
     if arguments.eval_steps is not None:
         best = f"step {result.best_step}"
-    early = ", stopped early" if result.stopped_early else ""
+    more = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
+    if result.resumed_at == result.steps:
+        more = " (the run had already ended)"
+    more += ", stopped early" if result.stopped_early else ""
     print(
-        f"{result.steps} steps in {result.seconds:.1f} s{early}; {arguments.output} holds the "
+        f"{result.steps} steps in {result.seconds:.1f} s{more}; {arguments.output} holds the "
         f"weights of {best}"
     )
     what = "label texts" if result.task == "classification" else "run it"

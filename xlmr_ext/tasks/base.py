@@ -8,7 +8,7 @@ What runs a model over many sequences without a gradient is in :mod:`xlmr_ext.pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,11 +37,13 @@ class Features:
             :class:`xlmr_ext.optim.NarrowVocabulary`), so nothing may read them as tokens.
         targets: one an example: whatever ``Task.loss`` takes.
         rows_per_example: 1, or the number of choices of multiple choice.
+        places: gives ``file:line`` of an example by its number; None where nobody knows.
     """
 
     sequences: Sequence[Sequence[int]]
     targets: Sequence[Any]
     rows_per_example: int = 1
+    places: Callable[[int], str] | None = None
 
     def __post_init__(self) -> None:
         if len(self.sequences) != len(self.targets) * self.rows_per_example:
@@ -53,6 +55,10 @@ class Features:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.targets)
+
+    def where(self, example: int) -> str:
+        """What messages call an example."""
+        return f"example {example + 1}" if self.places is None else self.places(example)
 
     def rows(self, examples: Sequence[int]) -> list[int]:
         """The rows of these examples, in order."""

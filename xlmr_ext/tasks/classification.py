@@ -61,7 +61,7 @@ class ClassificationTask(Task):
         """Token ids cut to ``max_length``; DataError for a label that the model does not have."""
         targets = label_ids(data, self.labels)
         sequences = encode(self.tokenizer, data.texts, data.pairs, max_length=self.max_length)
-        return Features(sequences, targets)
+        return Features(sequences, targets, places=data.places)
 
     def loss(self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[int]) -> Tensor:
         """Mean cross entropy in nats."""

@@ -191,7 +191,8 @@ class TokenTask(Task):
                     sentences.append(sentence)
         if not sequences:
             raise DataError(f"{data.source} has no word of which the tokenizer leaves anything")
-        return TokenFeatures(sequences, targets, sentences=sentences)
+        places = [data.where(sentence) for sentence in sentences].__getitem__
+        return TokenFeatures(sequences, targets, places=places, sentences=sentences)
 
     def loss(
         self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[Sequence[int]]

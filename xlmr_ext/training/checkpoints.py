@@ -25,7 +25,7 @@ class Checkpoints:
     """Where a run's weights go; without a directory, nowhere.
 
     ``saved`` says whose weights the directory holds, such as ``epoch 2``; "" where none of this
-    run.
+    run. ``written`` counts what was saved.
     """
 
     model: PreTrainedModel
@@ -33,6 +33,7 @@ class Checkpoints:
     directory: Path | None
     narrow: NarrowVocabulary | None
     saved: str = ""
+    written: int = 0
 
     def told(self) -> str:
         """What is saved, a clause for a message."""
@@ -53,6 +54,7 @@ class Checkpoints:
             whole = nullcontext() if self.narrow is None else self.narrow.made_whole()
             self._replace(self.directory, name, log, whole)
             self.saved = name
+            self.written += 1
 
     def save_last(self, name: str, log: Mapping[str, Any]) -> None:
         """The same for the folder of the last weights; the best ones stay what they are."""

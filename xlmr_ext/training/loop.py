@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from xlmr_ext.optim import adamw, linear_schedule, set_rate, warmup_steps
 from xlmr_ext.prediction import Evaluation
 from xlmr_ext.training.meter import Meter
 from xlmr_ext.training.records import EpochRecord, FinetuneResult
+from xlmr_ext.training.state import set_generators
 
 if TYPE_CHECKING:
     from xlmr_ext.optim import NarrowVocabulary
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from xlmr_ext.training.checkpoints import Checkpoints
     from xlmr_ext.training.log import StepLog
     from xlmr_ext.training.settings import Settings
+    from xlmr_ext.training.state import StateFile
 
 # From here on a rate can be too high; below it, a run that does not learn wants a higher one.
 _LOW_RATE = 1e-5
@@ -66,6 +68,17 @@ class Position:
         """Optimiser steps done."""
         return len(self.losses)
 
+    def as_row(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "history": [record.as_row() for record in self.history]}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Position:
+        """From :meth:`as_row`."""
+        history = [EpochRecord.from_row(record) for record in row["history"]]
+        key = None if row["best_key"] is None else tuple(row["best_key"])
+        return cls(**{**row, "history": history, "best_key": key})
+
 
 @dataclass
 class Loop:
@@ -73,6 +86,7 @@ class Loop:
 
     Args:
         log_steps: steps from one line of the log to the next.
+        state: where the state goes, every ``save_steps`` steps, or at the end of every epoch.
         keep_last: whether the last weights are saved beside the best ones.
     """
 
@@ -83,6 +97,8 @@ class Loop:
     narrow: NarrowVocabulary | None
     log: StepLog
     log_steps: int
+    state: StateFile | None
+    save_steps: int | None  # 0: never
     keep_last: bool
     progress: bool | None
     on_epoch: Callable[[EpochRecord], None] | None
@@ -94,9 +110,16 @@ class Loop:
     best_weights: dict[str, torch.Tensor] | None = None
     guessing_loss: float | None = None
     meter: Meter | None = None
+    resumed_at: int = 0
 
-    def train(self, data: Features, dev: Features | None) -> FinetuneResult:
-        settings, at = self.settings, self.at
+    def train(
+        self,
+        data: Features,
+        dev: Features | None,
+        before: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None,
+    ) -> FinetuneResult:
+        """Trains to the end, from the beginning or from what :meth:`StateFile.load` gave."""
+        settings = self.settings
         batches = LengthBatches(
             data.lengths(),
             settings.step_size,
@@ -110,6 +133,9 @@ class Loop:
         optimizer = adamw(
             self.model, settings.learning_rate, settings.weight_decay, settings.layer_decay
         )
+        if before is not None:
+            self._restore(optimizer, *before)
+        at = self.at
         started = time.monotonic() - at.seconds
         self.meter = Meter(self.total, at.step, self.progress)
         while at.epoch <= settings.epochs and not self._waited_enough():
@@ -126,8 +152,9 @@ class Loop:
                     self.model.train()
                     if self._waited_enough():
                         break
+                self._save_state(optimizer)
             at.epoch, at.done = at.epoch + 1, 0
-        return self._finish(time.monotonic() - started)
+        return self._finish(dev, time.monotonic() - started)
 
     def beginning(self, data: Features, dev: Features | None) -> dict[str, Any]:
         """The first line of the log."""
@@ -298,15 +325,82 @@ class Loop:
             "losses": self.at.losses,
         }
 
-    def _finish(self, seconds: float) -> FinetuneResult:
+    def _save_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """At its time; not after the last step, as little is left to do then."""
+        at = self.at
+        due = (
+            at.done == self.steps_an_epoch
+            if self.save_steps is None
+            else self.save_steps > 0 and at.step % self.save_steps == 0
+        )
+        if self.state is None or not due or at.step == self.total:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                tensors[f"model.{name}"] = parameter
+                for key, value in optimizer.state[parameter].items():
+                    tensors[f"optimizer.{key}.{name}"] = value
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
+        tensors |= {f"best.{name}": value for name, value in (self.best_weights or {}).items()}
+        facts = {
+            "position": at.as_row(),
+            "saved": self.checkpoints.saved,
+            "log_bytes": self.log.flush(),
+            "narrow": None if self.narrow is None else self.narrow.state(),
+        }
+        self.state.save(at.step, facts, tensors)
+
+    def _restore(
+        self,
+        optimizer: torch.optim.Optimizer,
+        facts: Mapping[str, Any],
+        tensors: dict[str, torch.Tensor],
+    ) -> None:
+        """Everything as :meth:`_save_state` found it."""
+        self.at = Position.from_row(facts["position"])
+        self.resumed_at = self.at.step
+        self.checkpoints.saved = facts["saved"]
+        if self.narrow is not None:
+            self.narrow.restore(facts["narrow"])
+        set_generators(facts["generators"], tensors)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                saved = tensors.pop(f"buffer.{name}")
+                if not torch.equal(buffer.cpu(), saved):
+                    buffer.copy_(saved)
+            best = {name[5:]: tensors.pop(name) for name in [*tensors] if name.startswith("best.")}
+            self.best_weights = {
+                name: value.to(parameters[name].device) for name, value in best.items()
+            } or None
+            for name, value in tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind == "model":
+                    parameters[rest].copy_(value)
+                    continue
+                key, _, owner = rest.partition(".")
+                optimizer.state[parameters[owner]][key] = value.to(parameters[owner].device)
+        self.log.write("resume", step=self.at.step)
+
+    def _finish(self, dev: Features | None, seconds: float) -> FinetuneResult:
         at = self.at
         if self.keep_last:
             self.checkpoints.save_last(self._name(at.history[-1]), self._log(at.history[-1]))
         self._restore_best()
+        best = next(record for record in at.history if record.step == at.best_step)
+        if self.best_scores is None and dev is not None:
+            # They were found before the run was continued: their details are in no state.
+            self.best_scores = self.task.evaluate(
+                self.model, dev, batch_size=2 * self.settings.batch_size
+            )
+        if not self.checkpoints.written:
+            # Saved by the process before, whose end may have come in the middle of it.
+            self.checkpoints.save_best(self._name(best), self._log(best))
         result = FinetuneResult(
             history=at.history,
             losses=at.losses,
-            best_epoch=next(r.epoch for r in at.history if r.step == at.best_step),
+            best_epoch=best.epoch,
             best_step=at.best_step,
             steps=at.step,
             seconds=seconds,
@@ -316,12 +410,21 @@ class Loop:
             task=self.task.name,
             scores=self.best_scores,
             stopped_early=at.step < self.total,
+            resumed_at=self.resumed_at,
         )
-        # The whole run's, where the one saved with the best weights ends with them.
-        self.checkpoints.write_log(self._log(result.best))
         self.log.write(
             "end", step=at.step, best_step=at.best_step, stopped_early=result.stopped_early
         )
+        # The whole run's, where the one saved with the best weights ends with them.
+        end = {
+            "seconds": seconds,
+            "at_chance": at.at_chance,
+            "stopped_early": result.stopped_early,
+            "run": None if self.state is None else self.state.identity.as_row(),
+        }
+        self.checkpoints.write_log({**self._log(best), "end": end})
+        if self.state is not None:
+            self.state.remove()
         return result
 
     def _restore_best(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,13 @@ class EpochRecord:
         row.update((f"dev_{name}", value) for name, value in (row.pop("dev") or {}).items())
         return row
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> EpochRecord:
+        """From :meth:`as_row`."""
+        dev = {name[4:]: value for name, value in row.items() if name.startswith("dev_")}
+        own = {name: value for name, value in row.items() if not name.startswith("dev_")}
+        return cls(**own, dev=dev or None)
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -71,6 +79,7 @@ class FinetuneResult:
         task: the task's name.
         scores: of those weights on dev data, with details; None without dev data.
         stopped_early: whether ``early_stopping_patience`` ended the run.
+        resumed_at: the step that the run went on from, 0 where it began at its beginning.
     """
 
     history: list[EpochRecord]
@@ -85,6 +94,7 @@ class FinetuneResult:
     task: str
     scores: Scores | None
     stopped_early: bool = False
+    resumed_at: int = 0
 
     @property
     def best(self) -> EpochRecord:

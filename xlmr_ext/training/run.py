@@ -17,10 +17,13 @@ from xlmr_ext.optim import NarrowVocabulary
 from xlmr_ext.saving import prepare_folder
 from xlmr_ext.tasks.registry import make_task, task_of_model
 from xlmr_ext.training.checkpoints import Checkpoints
+from xlmr_ext.training.finished import finished_run
+from xlmr_ext.training.identity import Identity
 from xlmr_ext.training.log import STEPS_NAME, StepLog
 from xlmr_ext.training.loop import Loop
 from xlmr_ext.training.records import TrainingInterrupted
 from xlmr_ext.training.settings import Settings, check_count
+from xlmr_ext.training.state import StateFile
 
 if TYPE_CHECKING:
     from xlmr_ext.pretrained import PreTrainedModel
@@ -62,6 +65,8 @@ def finetune(
     early_stopping_patience: int | None = None,
     keep_last: bool = False,
     log_steps: int = 1,
+    save_steps: int | None = None,
+    resume: bool = False,
     progress: bool | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> FinetuneResult:
@@ -112,6 +117,12 @@ def finetune(
         early_stopping_patience: stop after so many evaluations in a row without a better one.
         keep_last: at the end, also save the last weights, in the folder ``last`` of ``output_dir``.
         log_steps: steps from one line of the jsonl log to the next; its loss is their mean.
+        save_steps: save the state of training in ``output_dir`` after so many steps; None: after
+            every epoch, 0: never. It takes up to four times what is trained (the weights, AdamW's
+            two moments, the best weights) and is removed at the end.
+        resume: go on from the state in ``output_dir``, to the same bits as a run that was never
+            stopped, with the same model, data, settings and thread count. Without a state there,
+            begin at the beginning; where the run has ended, give its result.
         progress: show a progress bar; None shows it where stderr is a terminal.
         on_epoch: called with each record.
 
@@ -119,8 +130,10 @@ def finetune(
         TypeError: for a model whose class tells no task, where none is given.
         ValueError: for arguments out of range, data without rows or that the task cannot use,
             labels that the model does not have.
+        ResumeError: with ``resume``, where model, data or settings are not those of the run, or its
+            state is damaged. The message shows the difference; nothing is changed.
         ArithmeticError: where the loss or the gradient is not finite.
-        SaveError: where a checkpoint could not be written.
+        SaveError: where a checkpoint or a state could not be written.
         TrainingInterrupted: on Ctrl-C.
 
     Warns:
@@ -155,6 +168,10 @@ def finetune(
     )
     settings.check(has_dev=dev is not None)
     check_count("log_steps", log_steps)
+    if save_steps is not None:
+        check_count("save_steps", save_steps, least=0)
+    if resume and output_dir is None:
+        raise ValueError("resume came without output_dir, where the state of training is")
     train_data = task.load(train, "train")
     dev_data = None if dev is None else task.load(dev, "dev")
     task.settle(train_data)
@@ -170,15 +187,31 @@ def finetune(
     )
     directory = None if output_dir is None else prepare_folder(Path(output_dir))
     seed_everything(seed)
+    is_narrow = narrow_vocabulary and NarrowVocabulary.applies(model)
+    state, before = None, None
+    if directory is not None:
+        identity = Identity.of(model, task, settings, data, dev_features, is_narrow=is_narrow)
+        state = StateFile(directory, identity)
+        before = state.load(data, dev_features) if resume else None
+        if resume and before is None:
+            ended = finished_run(
+                directory, identity, model, task, dev_features, batch_size=batch_size
+            )
+            if ended is not None:
+                model.eval()
+                return ended
 
     narrow = None
-    if narrow_vocabulary and NarrowVocabulary.applies(model):
+    if is_narrow:
         narrow = NarrowVocabulary(model, chain.from_iterable(part.sequences for part in every))
         for part in every:
             part.sequences = [narrow.ids(sequence) for sequence in part.sequences]
 
     with nullcontext() if narrow is None else narrow.installed():
-        log = StepLog(None if directory is None else directory / STEPS_NAME)
+        log = StepLog(
+            None if directory is None else directory / STEPS_NAME,
+            keep=0 if before is None else before[0]["log_bytes"],
+        )
         loop = Loop(
             model,
             task,
@@ -187,13 +220,16 @@ def finetune(
             narrow,
             log,
             log_steps,
+            state,
+            save_steps,
             keep_last,
             progress,
             on_epoch,
         )
         try:
-            log.write("start", **loop.beginning(data, dev_features))
-            return loop.train(data, dev_features)
+            if before is None:
+                log.write("start", **loop.beginning(data, dev_features))
+            return loop.train(data, dev_features, before)
         except KeyboardInterrupt:
             raise TrainingInterrupted(
                 f"stopped {loop.where()}; {loop.checkpoints.told()}"
