@@ -419,7 +419,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         model.classifier.bias[0] = math.nan
     with pytest.raises(
         ArithmeticError,
-        match=r"diverged in epoch 1 of 3, after step 0 of 3: the loss is nan .* nothing was saved",
+        match=r"diverged in epoch 1 of 3, after step 0 of 3: the loss is nan on the batch of "
+        r"(data\[\d\](, )?){8} at a learning rate of 0.1; .* nothing was saved",
     ):
         run(model, rows(8), output_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [STEPS_NAME]

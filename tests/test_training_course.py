@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,37 @@ def test_one_batch_of_tokens_is_counted_in_words() -> None:
     task = TokenTask.__new__(TokenTask)
     assert task.items([[-100, 1, -100, 0], [-100, 2, -100]]) == 3.0
     assert packed([[0, 5, 2]], [0], pad_token_id=1).input_ids.numel() == 3
+
+
+# --- A loss that is not finite --------------------------------------------------------------------
+
+
+def test_the_batch_of_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    """And the checkpoint of before it stays."""
+    data = rows(40)
+    lines = [f"{text},{label}" for text, label in zip(data.texts, data.labels, strict=True)]
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "\n".join(lines))
+    model = StubClassifier()
+    saved: dict[str, bytes] = {}
+
+    def spoil(record: EpochRecord) -> None:
+        if record.epoch == 1:
+            saved["weights"] = (tmp_path / "out" / "model.safetensors").read_bytes()
+            # Of one word of row 30, line 32.
+            word = int(data.texts[30].split()[0][1:])
+            with torch.no_grad():
+                model.roberta.embeddings.word_embeddings.weight[word] = torch.nan
+
+    with pytest.raises(ArithmeticError) as caught:
+        run(model, path, output_dir=tmp_path / "out", on_epoch=spoil, narrow_vocabulary=False)
+    message = str(caught.value)
+    assert "training diverged in epoch 2 of 3, after step " in message
+    named = [int(line) for line in re.findall(rf"{re.escape(str(path))}:(\d+)", message)]
+    word = data.texts[30].split()[0]
+    assert len(named) == 8
+    assert any(word in data.texts[line - 2].split() for line in named)
+    assert f"{tmp_path / 'out'} holds the weights of epoch 1" in message
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == saved["weights"]
+    last = log_of(tmp_path / "out")[-1]
+    assert (last["event"], last["message"]) == ("error", message)

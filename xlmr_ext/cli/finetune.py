@@ -18,6 +18,7 @@ from xlmr_ext.cli.arguments import (
     not_negative,
     share,
 )
+from xlmr_ext.cli.config_file import add_config
 from xlmr_ext.cli.console import check_device, use_threads
 from xlmr_ext.cli.reporting import as_group, make_folder, report, training_curve
 from xlmr_ext.cli.task_arguments import (
@@ -75,6 +76,7 @@ examples:
   xlmr-ext finetune --model topics --train more.jsonl --output topics2 --learning-rate 2e-5
   xlmr-ext finetune --model ./checkpoint --train pairs.csv --text-column premise \\
       --pair-column hypothesis --output nli --max-length 256
+  xlmr-ext finetune --config run.toml --seed 2
   xlmr-ext finetune --model ./checkpoint --train train.iob2 --dev dev.iob2 --output entities
   xlmr-ext finetune --model ./checkpoint --train squad.json --output answers --epochs 2
   xlmr-ext finetune --model ./checkpoint --task choice --train copa.jsonl --output choices
@@ -99,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--json", action="store_true", help="print a JSON object for every epoch, and for the run"
     )
+    add_config(data)
     add_task(
         parser,
         data,

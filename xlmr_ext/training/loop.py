@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # From here on a rate can be too high; below it, a run that does not learn wants a higher one.
 _LOW_RATE = 1e-5
+_MOST_PLACES = 16  # of a batch, in a message
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Loop:
                 loss = loss * (count / sum(items))
             value += float(loss.detach())
             if not math.isfinite(value):
-                raise ArithmeticError(self._diverged(f"the loss is {value}"))
+                raise ArithmeticError(self._diverged(f"the loss is {value}", data, part))
             loss.backward()
             tokens += batch.input_ids.numel()
         norm = float(
@@ -219,7 +220,7 @@ class Loop:
             )
         )
         if not math.isfinite(norm):
-            raise ArithmeticError(self._diverged(f"the gradient's norm is {norm}"))
+            raise ArithmeticError(self._diverged(f"the gradient's norm is {norm}", data, examples))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.narrow is not None:
@@ -232,10 +233,15 @@ class Loop:
         assert self.meter is not None
         self.meter.end(value, tokens)
 
-    def _diverged(self, what: str) -> str:
+    def _diverged(self, what: str, data: Features, examples: Sequence[int]) -> str:
+        places = list(dict.fromkeys(map(data.where, examples)))
+        batch = ", ".join(places[:_MOST_PLACES])
+        if len(places) > _MOST_PLACES:
+            batch += f" and {len(places) - _MOST_PLACES} more"
         return (
-            f"training diverged {self.where()}: {what} at a learning rate of {self.at.rate:.3g}; "
-            f"lower the learning rate, or look for damaged weights; {self.checkpoints.told()}"
+            f"training diverged {self.where()}: {what} on the batch of {batch} at a learning rate "
+            f"of {self.at.rate:.3g}; lower the learning rate, or look for damaged weights; "
+            f"{self.checkpoints.told()}"
         )
 
     def _log_step(self) -> None:
