@@ -243,6 +243,14 @@ def test_another_run_than_the_one_that_ended_is_refused(tmp_path: Path) -> None:
         run(fresh(), rows(16), output_dir=tmp_path, resume=True)
 
 
+def test_a_state_of_another_version_is_refused(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "_VERSION", 2)
+    with pytest.raises(ResumeError, match="was written by another version of xlmr_ext"):
+        run(fresh(), rows(40), dev=rows(8, 1), output_dir=stopped, resume=True)
+
+
 def damaged(content: bytes) -> Iterator[bytes]:
     """The file cut at several places, and with a bit of each kind turned over."""
     for size in (0, 4, 100, len(content) // 2, len(content) - 1):

@@ -312,12 +312,16 @@ class Loop:
             self.narrow.update_whole()
         self.best_weights = None
         if scores is not None and at.step < self.total:
-            self.best_weights = {
-                name: parameter.detach().clone()
-                for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad
-            }
+            self.best_weights = self._trained_weights()
         self.checkpoints.save_best(self._name(record), self._log(record))
+
+    def _trained_weights(self) -> dict[str, torch.Tensor]:
+        """Copies of the weights of now."""
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
 
     def _log(self, record: EpochRecord) -> dict[str, Any]:
         """What the log beside the weights of a record says."""
@@ -348,12 +352,14 @@ class Loop:
                 for key, value in optimizer.state[parameter].items():
                     tensors[f"optimizer.{key}.{name}"] = value
         tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
-        tensors |= {f"best.{name}": value for name, value in (self.best_weights or {}).items()}
+        if at.best_step != at.step:  # else they are the weights of now
+            tensors |= {f"best.{name}": value for name, value in (self.best_weights or {}).items()}
         facts = {
             "position": at.as_row(),
             "saved": self.checkpoints.saved,
             "log_bytes": self.log.flush(),
             "narrow": None if self.narrow is None else self.narrow.state(),
+            "has_best": self.best_weights is not None,
         }
         self.state.save(at.step, facts, tensors)
 
@@ -387,6 +393,8 @@ class Loop:
                     continue
                 key, _, owner = rest.partition(".")
                 optimizer.state[parameters[owner]][key] = value.to(parameters[owner].device)
+        if facts["has_best"] and self.best_weights is None:
+            self.best_weights = self._trained_weights()
         self.log.write("resume", step=self.at.step)
 
     def _finish(self, dev: Features | None, seconds: float) -> FinetuneResult:

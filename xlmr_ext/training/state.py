@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "xlmr_ext_training_state.safetensors"
 
+_VERSION = 1  # of what the facts and tensors mean
 _JSON, _CHECKSUM = "json", "json.checksum"
 
 
@@ -53,6 +54,7 @@ class StateFile:
         """
         entries = tensors_to_save({**tensors, **_generator_tensors(), **self._digests()})
         content = {
+            "version": _VERSION,
             "facts": dict(facts),
             "identity": self.identity.as_row(),
             "generators": _generators(),
@@ -91,6 +93,11 @@ class StateFile:
         if not self._path.exists():
             return None
         content, tensors = self._read()
+        if content["version"] != _VERSION:
+            raise ResumeError(
+                f"{self._path} was written by another version of xlmr_ext: go on with that one, or "
+                "train anew without resume"
+            )
         self.identity.check(
             content["identity"],
             f"the run in {self._directory}",
