@@ -295,8 +295,8 @@ def test_a_report_of_a_run(folder: Path, cli: Cli, tmp_path: Path, name: str) ->
     assert err.endswith(f"xlmr-ext: the report is {report / 'index.html'}\n")
     numbers = json.loads((report / "metrics.json").read_text("utf-8"))
     log = json.loads((run / LOG_NAME).read_text("utf-8"))
-    # The log is of the epoch that was saved: the best.
-    best = log["history"][-1]
+    # The log is of the whole run, and says which record is of the weights beside it: the best.
+    (best,) = (row for row in log["history"] if row["step"] == log["step"])
     assert numbers["facts"]["best epoch"] == f"{best['epoch']} of 2"
     (group,) = numbers["groups"]
     assert group["name"] == "dev"

@@ -21,6 +21,7 @@ MESSENGERS = {
 # Messages without a word of their own need no row: file, text, reason.
 WORDLESS = (
     ("csrc/bindings/module.cpp", "…", "what a kernel refuses; none does"),
+    ("xlmr_ext/cli/config_file.py", "…: …", "the file before the system's words or an option's"),
     ("xlmr_ext/cli/predict.py", "…:…", "file and line before data.py's message of a label"),
     ("xlmr_ext/configuration.py", "…", "fairseq's hint behind a message"),
     ("xlmr_ext/configuration.py", "…: …", "the file before a message"),

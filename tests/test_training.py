@@ -18,31 +18,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stub_classifier import VOCABULARY, StubClassifier, StubTokenizer
+from stub_runs import rows, run
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from xlmr_ext import training
 from xlmr_ext.chance import ChanceWarning, guessing_loss, signs_of_chance
 from xlmr_ext.data import LabelledTexts, LengthBatches
 from xlmr_ext.optim import NarrowVocabulary, linear_schedule, parameter_groups, warmup_steps
 from xlmr_ext.prediction import Evaluation, agreement
 from xlmr_ext.saving import replace_checkpoint
 from xlmr_ext.tasks import classification
-from xlmr_ext.tasks.classification import ClassificationTask
-from xlmr_ext.training import LOG_NAME, SaveError, TrainingInterrupted, finetune
+from xlmr_ext.training import (
+    LOG_NAME,
+    STATE_NAME,
+    STEPS_NAME,
+    SaveError,
+    TrainingInterrupted,
+)
 
 WORDS = "roberta.embeddings.word_embeddings.weight"
-
-
-def rows(count: int, seed: int = 0, labels: tuple[str, ...] = ("ant", "bee")) -> LabelledTexts:
-    """Texts of 2 to 9 words; a label's words are its own, from ids 10 to 49."""
-    source = random.Random(seed)
-    pairs = []
-    for index in range(count):
-        label = index % len(labels)
-        words = [10 + 20 * label + source.randrange(20) for _ in range(source.randint(2, 9))]
-        pairs.append((" ".join(f"w{word}" for word in words), labels[label]))
-    return LabelledTexts.of(pairs)
 
 
 def noise(count: int) -> LabelledTexts:
@@ -50,20 +44,6 @@ def noise(count: int) -> LabelledTexts:
     source = random.Random(5)
     texts = [f"w{source.randrange(10, 50)} w{source.randrange(10, 50)}" for _ in range(count)]
     return LabelledTexts(texts, [("ant", "bee")[index % 2] for index in range(count)])
-
-
-def run(
-    model: StubClassifier,
-    train: Any,
-    *,
-    tokenizer: Any = None,
-    output_dir: Any = None,
-    **options: Any,
-) -> training.FinetuneResult:
-    tokenizer = tokenizer or StubTokenizer()
-    settings = {"epochs": 3, "learning_rate": 0.1, "batch_size": 8, **options}
-    task = ClassificationTask(model, tokenizer, max_length=settings.pop("max_length", 16))  # type: ignore[arg-type]
-    return finetune(model, tokenizer, train, task=task, output_dir=output_dir, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -141,7 +121,7 @@ def test_learns_evaluates_saves_and_logs(tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().err == ""  # no progress bar where stderr is no terminal
     out = tmp_path / "new" / "out"
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["config.json", "model.safetensors", "tokenizer.txt", LOG_NAME]
+        ["config.json", "model.safetensors", "tokenizer.txt", LOG_NAME, STEPS_NAME]
     )
     log = json.loads((out / LOG_NAME).read_text())
     assert log["settings"]["learning_rate"] == 0.1
@@ -439,10 +419,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         model.classifier.bias[0] = math.nan
     with pytest.raises(
         ArithmeticError,
-        match=r"diverged in epoch 1 of 3, after step 0 of 3: the loss is nan .* nothing was saved",
+        match=r"diverged in epoch 1 of 3, after step 0 of 3: the loss is nan on the batch of "
+        r"(data\[\d\](, )?){8} at a learning rate of 0.1; .* nothing was saved",
     ):
         run(model, rows(8), output_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [STEPS_NAME]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
@@ -485,8 +466,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 
     before: dict[str, bytes] = {}
 
+    def checkpoint_files() -> dict[str, bytes]:
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert files.pop(STEPS_NAME).startswith(b'{"event": "start"')  # grows while it trains
+        files.pop(STATE_NAME, None)  # written after each epoch's checkpoint
+        return files
+
     def remember(_: Any) -> None:
-        before.update({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+        before.update(checkpoint_files())
 
     model = StubClassifier()
     with pytest.raises(SaveError) as caught:
@@ -495,7 +482,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         f"could not save epoch 2 to {tmp_path}: No space left on device; "
         "the weights of epoch 1 are still there"
     )
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert checkpoint_files() == before
     assert model.roberta.embeddings.word_embeddings.num_embeddings == VOCABULARY
 
 
@@ -635,6 +622,7 @@ def test_ctrl_c_waits_for_the_checkpoint(tmp_path: Path) -> None:
         "model.safetensors",
         "tokenizer.txt",
         LOG_NAME,
+        STEPS_NAME,
     }
 
 

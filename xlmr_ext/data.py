@@ -58,6 +58,19 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where rows came from, called with a row's number: ``file:line``, or ``data[index]``."""
+
+    source: str
+    lines: list[int] | None
+
+    def __call__(self, index: int) -> str:
+        if self.lines is None:
+            return f"{self.source}[{index}]"
+        return f"{self.source}:{self.lines[index]}"
+
+
+@dataclass(frozen=True)
 class LabelledTexts:
     """Texts with their labels, and where each came from.
 
@@ -88,9 +101,12 @@ class LabelledTexts:
 
     def where(self, index: int) -> str:
         """``file:line`` of a row, or ``data[index]`` where it came from no file."""
-        if self.lines is None:
-            return f"{self.source}[{index}]"
-        return f"{self.source}:{self.lines[index]}"
+        return self.places(index)
+
+    @property
+    def places(self) -> Places:
+        """:meth:`where` without the texts."""
+        return Places(self.source, self.lines)
 
     @classmethod
     def of(cls, rows: Iterable[tuple[str, str | int]], source: str = "data") -> LabelledTexts:

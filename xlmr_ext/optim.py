@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,65 @@ from xlmr_ext.layers import is_plain
 if TYPE_CHECKING:
     from xlmr_ext.pretrained import PreTrainedModel
 
+_LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
+_EMBEDDINGS = re.compile(r"(?:^|\.)embeddings\.")
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay, biases and LayerNorm vectors do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices decay, biases and LayerNorm vectors do not.
+
+    Args:
+        layer_decay: what a layer's learning rate is of that of the layer above it (Clark et al.
+            2020, arXiv 2003.10555, appendix A): ``scale`` of a group is ``layer_decay`` to the
+            power of its depth, which is 0 of the head, 1 of the last layer, and the number of
+            layers + 1 of the embeddings.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    layers = 1 + max((int(m[1]) for name, _ in named if (m := _LAYER.search(name))), default=-1)
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in named:
+        depth = 0 if layer_decay == 1.0 else _depth(name, layers)
+        groups.setdefault((depth, parameter.ndim <= 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if spared else weight_decay,
+            "scale": layer_decay**depth,
+        }
+        for (depth, spared), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _depth(name: str, layers: int) -> int:
+    """How far below the head a parameter is, in layers."""
+    found = _LAYER.search(name)
+    if found is not None:
+        return layers - int(found[1])
+    return layers + 1 if _EMBEDDINGS.search(name) else 0
+
+
+def adamw(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW on the groups of :func:`parameter_groups`; ValueError where there is no parameter."""
+    groups = parameter_groups(model, weight_decay, layer_decay)
+    if not groups:
+        raise ValueError("the model has no parameter that requires a gradient")
+    # One fused kernel a parameter; torch has it for these types on the CPU and on CUDA.
+    fused = all(
+        p.dtype in (torch.float32, torch.float64) and p.device.type in ("cpu", "cuda")
+        for group in groups
+        for p in group["params"]
+    )
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every group of :func:`parameter_groups`; ``rate`` is the head's."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
 
 
 def warmup_steps(total: int, ratio: float) -> int:
@@ -69,6 +120,7 @@ class NarrowVocabulary:
         self._place = {int(row): place for place, row in enumerate(rows)}
         self._rows = torch.from_numpy(rows).to(self._whole.device)
         self._pending_decay = 1.0
+        self._applied: list[float] = []
         self.weight = torch.nn.Parameter(self._whole.detach()[self._rows])
 
     @staticmethod
@@ -103,9 +155,14 @@ class NarrowVocabulary:
         """Token ids as rows of the narrow table."""
         return [self._place[token] for token in sequence]
 
-    def step(self, decay: float) -> None:
-        """Notes one optimiser step: ``decay`` is its learning rate times its weight decay."""
-        self._pending_decay *= 1.0 - decay
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes one step of an optimiser that has :attr:`weight`, at the rate that it has now."""
+        group = next(
+            group
+            for group in optimizer.param_groups
+            if any(parameter is self.weight for parameter in group["params"])
+        )
+        self._pending_decay *= 1.0 - group["lr"] * group["weight_decay"]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -128,6 +185,18 @@ class NarrowVocabulary:
             self._install(self.weight)
 
     @contextmanager
+    def lent_whole(self) -> Iterator[None]:
+        """As :meth:`made_whole`; afterwards the whole table is as it was before."""
+        with torch.no_grad():
+            before, state = self._whole.detach().clone(), self.state()
+            try:
+                with self.made_whole():
+                    yield
+            finally:
+                self._whole.copy_(before)
+                self._pending_decay, self._applied = state["pending"], state["applied"]
+
+    @contextmanager
     def shown_whole(self) -> Iterator[None]:
         """Within :meth:`installed`: the model has its whole table for a look.
 
@@ -147,12 +216,25 @@ class NarrowVocabulary:
         with torch.no_grad():
             if self._pending_decay != 1.0:
                 self._whole.mul_(self._pending_decay)
+                self._applied.append(self._pending_decay)
                 self._pending_decay = 1.0
             self._whole[self._rows] = self.weight
 
     def forget_decay(self) -> None:
         """Drops what was noted since the table was last made whole: weights were set back."""
         self._pending_decay = 1.0
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside :attr:`weight`: the decay of the rows without data."""
+        return {"pending": self._pending_decay, "applied": list(self._applied)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Decays the rows of a table that is as it was at the start, factor by factor, so that they
+        have the bits of the table whose :meth:`state` this was."""
+        with torch.no_grad():
+            for decay in state["applied"]:
+                self._whole.mul_(decay)
+        self._pending_decay, self._applied = state["pending"], list(state["applied"])
 
     def _install(self, weight: torch.nn.Parameter) -> None:
         self._embedding.weight = weight

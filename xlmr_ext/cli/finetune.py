@@ -14,9 +14,11 @@ from xlmr_ext.cli.arguments import (
     add_device,
     add_hub,
     count,
+    count_or_zero,
     not_negative,
     share,
 )
+from xlmr_ext.cli.config_file import add_config
 from xlmr_ext.cli.console import check_device, use_threads
 from xlmr_ext.cli.reporting import as_group, make_folder, report, training_curve
 from xlmr_ext.cli.task_arguments import (
@@ -25,6 +27,7 @@ from xlmr_ext.cli.task_arguments import (
     check_options,
     load_to_train,
     read_task_data,
+    refuse_others,
     refuse_stdin,
     shown_metrics,
     task_options,
@@ -57,7 +60,13 @@ Learning rate: linear warm-up, then linear decay to 0, with AdamW. After every e
 evaluated on DEV; OUTPUT holds the weights of the best epoch, or, without DEV, of the latest. The
 best is the one with the highest macro F1, then accuracy (classification); F1 of entities, then
 accuracy of words (tokens); F1 of words, then exact match (qa); accuracy, then lowest loss (choice).
-OUTPUT is a checkpoint in Hugging Face's layout."""
+OUTPUT is a checkpoint in Hugging Face's layout. While the run goes on,
+OUTPUT/xlmr_ext_training.jsonl grows by a JSON object for every step and every evaluation.
+
+A run that was stopped, by whatever means, goes on with --resume and otherwise the same command:
+from the state that is saved after every epoch (--save-steps), or, where there is none yet, from the
+beginning. Where the run had ended, there is nothing to do. Other data, settings or weights than
+those of the run are refused."""
 
 EXAMPLES = """\
 examples:
@@ -67,6 +76,7 @@ examples:
   xlmr-ext finetune --model topics --train more.jsonl --output topics2 --learning-rate 2e-5
   xlmr-ext finetune --model ./checkpoint --train pairs.csv --text-column premise \\
       --pair-column hypothesis --output nli --max-length 256
+  xlmr-ext finetune --config run.toml --seed 2
   xlmr-ext finetune --model ./checkpoint --train train.iob2 --dev dev.iob2 --output entities
   xlmr-ext finetune --model ./checkpoint --train squad.json --output answers --epochs 2
   xlmr-ext finetune --model ./checkpoint --task choice --train copa.jsonl --output choices
@@ -91,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--json", action="store_true", help="print a JSON object for every epoch, and for the run"
     )
+    add_config(data)
     add_task(
         parser,
         data,
@@ -103,8 +114,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--learning-rate", above_zero, 5e-5, "the peak, after warm-up"),
         ("--warmup-ratio", share, 0.1, "share of the steps that warm up"),
         ("--weight-decay", not_negative, 0.01, "of matrices, not of biases and LayerNorm"),
+        ("--layer-decay", share, 1.0, "what a layer's learning rate is of that of the layer above"),
         ("--max-grad-norm", above_zero, 1.0, "2-norm that a step's gradient is clipped to"),
         ("--bucket-batches", count, 1, "batches sorted by length together; 1 only shuffles"),
+        (
+            "--gradient-accumulation-steps",
+            count,
+            1,
+            "batches of --batch-size whose gradients add up to one step",
+        ),
     ):
         recipe.add_argument(name, metavar="N", type=kind, default=default, help=text)
     recipe.add_argument(
@@ -115,7 +133,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{TASKS['classification'].max_length}, qa {TASKS['qa'].max_length}, less where the model "
         "takes less)",
     )
+    recipe.add_argument(
+        "--label-smoothing",
+        metavar="N",
+        type=share,
+        default=0.0,
+        help="share of a target that is spread over all labels (classification, tokens)",
+    )
+    recipe.add_argument(
+        "--class-weights",
+        metavar="WEIGHTS",
+        type=_weights,
+        help="balanced, or a number for each label in the order of their ids, such as 1,2.5: what "
+        "the labels weigh in the loss (classification, tokens; default: all rows the same)",
+    )
     add_device(recipe)
+    course = parser.add_argument_group("course of the run")
+    course.add_argument(
+        "--eval-steps",
+        metavar="N",
+        type=count,
+        help="evaluate on DEV after every N steps and at the end (default: after every epoch)",
+    )
+    course.add_argument(
+        "--early-stopping-patience",
+        metavar="N",
+        type=count,
+        help="stop after N evaluations in a row without a better one (default: never)",
+    )
+    course.add_argument(
+        "--keep-last",
+        action="store_true",
+        help="at the end, also write the last weights, to OUTPUT/last",
+    )
+    course.add_argument(
+        "--log-steps",
+        metavar="N",
+        type=count,
+        default=1,
+        help="steps from one line of OUTPUT/xlmr_ext_training.jsonl to the next",
+    )
+    course.add_argument(
+        "--save-steps",
+        metavar="N",
+        type=count_or_zero,
+        help="save the state that --resume goes on from after every N steps; 0 never (default: "
+        "after every epoch)",
+    )
+    course.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the state in OUTPUT, to the same bits as a run that was never stopped; "
+        "give the rest of the command as it was",
+    )
     add_hub(parser)
 
 
@@ -123,6 +193,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(arguments)
     name: str = arguments.task or task_of_file(arguments.train)
     check_options(arguments, name)
+    labelled = ("classification", "tokens")
+    refuse_others(arguments, name, dict.fromkeys(("label_smoothing", "class_weights"), labelled))
     paths = [path for path in (arguments.train, arguments.dev) if path is not None]
     refuse_stdin(arguments, paths)
     for path in paths:
@@ -164,10 +236,20 @@ def run(arguments: argparse.Namespace) -> int:
         learning_rate=arguments.learning_rate,
         warmup_ratio=arguments.warmup_ratio,
         weight_decay=arguments.weight_decay,
+        layer_decay=arguments.layer_decay,
+        label_smoothing=arguments.label_smoothing,
+        class_weights=arguments.class_weights,
         max_grad_norm=arguments.max_grad_norm,
         seed=arguments.seed,
         bucket_batches=arguments.bucket_batches,
-        on_epoch=_print_json if arguments.json else _printer(arguments.epochs),
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        eval_steps=arguments.eval_steps,
+        early_stopping_patience=arguments.early_stopping_patience,
+        keep_last=arguments.keep_last,
+        log_steps=arguments.log_steps,
+        save_steps=arguments.save_steps,
+        resume=arguments.resume,
+        on_epoch=_print_json if arguments.json else _printer(arguments),
     )
     _print_end(arguments, result)
     if arguments.report is not None:
@@ -175,15 +257,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _weights(text: str) -> list[float] | str:
+    return text if text == "balanced" else [above_zero(part) for part in text.split(",")]
+
+
 def _print_json(record: EpochRecord) -> None:
     print(json.dumps(record.as_row()), flush=True)
 
 
-def _printer(epochs: int) -> Callable[[EpochRecord], None]:
+def _printer(arguments: argparse.Namespace) -> Callable[[EpochRecord], None]:
     def show(record: EpochRecord) -> None:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-        line = f"epoch {record.epoch}/{epochs}  loss {record.train_loss:.4f}"
+        line = f"epoch {record.epoch}/{arguments.epochs}  loss {record.train_loss:.4f}"
+        if arguments.eval_steps is not None:
+            line = f"step {record.step}  {line}"
         if record.dev is not None:
             line += f"  {shown_metrics(record.dev, 'dev ')}"
         tqdm.write(f"{line}  ({record.seconds:.1f} s)", file=sys.stdout)
@@ -198,16 +286,26 @@ def _print_end(arguments: argparse.Namespace, result: FinetuneResult) -> None:
             "task": result.task,
             "output": str(arguments.output),
             "best_epoch": result.best_epoch,
+            "best_step": result.best_step,
             "steps": result.steps,
+            "stopped_early": result.stopped_early,
+            "resumed_at": result.resumed_at,
             "seconds": result.seconds,
             "at_chance": result.at_chance,
             "labels": result.labels,
         }
         print(json.dumps(row), flush=True)
         return
+    best = f"epoch {result.best_epoch}"
+    if arguments.eval_steps is not None:
+        best = f"step {result.best_step}"
+    more = f" (from step {result.resumed_at} on)" if result.resumed_at else ""
+    if result.resumed_at == result.steps:
+        more = " (the run had already ended)"
+    more += ", stopped early" if result.stopped_early else ""
     print(
-        f"{result.steps} steps in {result.seconds:.1f} s; {arguments.output} holds the weights of "
-        f"epoch {result.best_epoch}"
+        f"{result.steps} steps in {result.seconds:.1f} s{more}; {arguments.output} holds the "
+        f"weights of {best}"
     )
     what = "label texts" if result.task == "classification" else "run it"
     print(f"{what}: {PROGRAM} predict --model {arguments.output} --input FILE")
@@ -233,6 +331,10 @@ def _report(
         "seed": str(arguments.seed),
         "steps": f"{result.steps} in {result.seconds:.1f} s",
     }
+    if arguments.eval_steps is not None:
+        facts["best step"] = str(result.best_step)
+    if arguments.gradient_accumulation_steps > 1:
+        facts["batches a step"] = str(arguments.gradient_accumulation_steps)
     if result.at_chance:
         facts["warning"] = "the run ended as good as guessing"
     report(

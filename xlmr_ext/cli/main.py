@@ -28,6 +28,7 @@ from xlmr_ext.cli import (
 )
 from xlmr_ext.cli import eval as evaluate
 from xlmr_ext.cli.arguments import PROGRAM, Help, add_common, with_options
+from xlmr_ext.cli.config_file import OPTION, with_config
 from xlmr_ext.cli.console import say
 from xlmr_ext.cli.outputs import PatientOutput, ReaderGone, drop_output
 
@@ -107,13 +108,22 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns 0, 1 (the work failed) or 2 (bad usage)."""
     parser = build_parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(_with_config(parser, sys.argv[1:] if argv is None else argv))
         if arguments.command is None:
             parser.print_help(sys.stderr)
             return 2
         return _run(arguments)
     except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for bad usage
         return stop.code if isinstance(stop.code, int) else 1
+
+
+def _with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The arguments with those of a file, where the command takes one."""
+    name = next((place for place, word in enumerate(argv) if word in COMMANDS), None)
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    if name is None or OPTION not in commands.choices[argv[name]]._option_string_actions:
+        return argv
+    return [*argv[: name + 1], *with_config(commands.choices[argv[name]], argv[name + 1 :])]
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -115,6 +115,7 @@ def run_demo(
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         seed=seed,
+        save_steps=0,
         on_epoch=lambda record: _print_epoch(record, passes),
     )
     _say(f"   {result.steps} steps in {result.seconds:.1f} s")

@@ -110,7 +110,12 @@ class QATask(Task):
                 targets.append(_target(question, contexts[-1], window))
                 windows.append((number, window))
         return AnswerFeatures(
-            sequences, targets, questions=data, contexts=contexts, windows=windows
+            sequences,
+            targets,
+            places=lambda example: data[windows[example][0]].where,
+            questions=data,
+            contexts=contexts,
+            windows=windows,
         )
 
     def loss(self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[Any]) -> Tensor:

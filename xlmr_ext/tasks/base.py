@@ -8,7 +8,7 @@ What runs a model over many sequences without a gradient is in :mod:`xlmr_ext.pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xlmr_ext.prediction import check_max_length, label_names
 from xlmr_ext.tasks.registry import read_data
+from xlmr_ext.tasks.weighting import LabelWeighting
 
 if TYPE_CHECKING:
     from xlmr_ext.packing import PackedBatch
@@ -36,11 +37,13 @@ class Features:
             :class:`xlmr_ext.optim.NarrowVocabulary`), so nothing may read them as tokens.
         targets: one an example: whatever ``Task.loss`` takes.
         rows_per_example: 1, or the number of choices of multiple choice.
+        places: gives ``file:line`` of an example by its number; None where nobody knows.
     """
 
     sequences: Sequence[Sequence[int]]
     targets: Sequence[Any]
     rows_per_example: int = 1
+    places: Callable[[int], str] | None = None
 
     def __post_init__(self) -> None:
         if len(self.sequences) != len(self.targets) * self.rows_per_example:
@@ -52,6 +55,10 @@ class Features:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.targets)
+
+    def where(self, example: int) -> str:
+        """What messages call an example."""
+        return f"example {example + 1}" if self.places is None else self.places(example)
 
     def rows(self, examples: Sequence[int]) -> list[int]:
         """The rows of these examples, in order."""
@@ -104,6 +111,7 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.max_length = check_max_length(model, max_length)
         self.labels = []
+        self.weighting: LabelWeighting | None = None
 
     def load(self, given: Any, name: str) -> Any:
         """The data of ``finetune``'s argument ``name``: a path is read by the task's reader.
@@ -153,6 +161,47 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[Any]) -> Tensor:
         """Mean loss of a batch, a scalar; ``targets`` are those of its examples, in order."""
+
+    def items(self, targets: Sequence[Any]) -> float:
+        """What the loss of a batch is the mean over, counted: as a rule, its examples.
+
+        The loss of several batches together is the mean of theirs, weighted by this.
+        """
+        labels = self.counted_labels(targets)
+        if labels is None:
+            return float(len(targets))
+        return float(len(labels)) if self.weighting is None else self.weighting.items(labels)
+
+    def counted_labels(self, targets: Sequence[Any]) -> Sequence[int] | None:
+        """The ids of the labels that the loss is the mean over; None where a head has no labels."""
+        return None
+
+    def weigh(
+        self,
+        features: Features,
+        *,
+        label_smoothing: float,
+        class_weights: Sequence[float] | str | None,
+    ) -> None:
+        """Sets how labels count in :meth:`loss`, see :class:`LabelWeighting`; not in
+        :meth:`evaluate`.
+
+        Args:
+            features: what is to be learnt, for balanced weights.
+
+        Raises:
+            ValueError: weights that are not one for each label, or a task without labels.
+        """
+        self.weighting = None
+        if not label_smoothing and class_weights is None:
+            return
+        labels = self.counted_labels(features.targets)
+        if labels is None:
+            raise ValueError(
+                f"label_smoothing and class_weights are for classification and tokens, and the "
+                f"task is {self.name}"
+            )
+        self.weighting = LabelWeighting.of(label_smoothing, class_weights, self.labels, labels)
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, features: Features, *, batch_size: int) -> Scores:

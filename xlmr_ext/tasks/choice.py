@@ -172,7 +172,10 @@ class ChoiceTask(Task):
                 raise DataError(f"{question.where}: has no label")
             targets.append(question.label)
         return Features(
-            _rows(self.tokenizer, data, self.max_length), targets, rows_per_example=choices
+            _rows(self.tokenizer, data, self.max_length),
+            targets,
+            rows_per_example=choices,
+            places=[question.where for question in data].__getitem__,
         )
 
     def loss(self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[int]) -> Tensor:

@@ -61,13 +61,19 @@ class ClassificationTask(Task):
         """Token ids cut to ``max_length``; DataError for a label that the model does not have."""
         targets = label_ids(data, self.labels)
         sequences = encode(self.tokenizer, data.texts, data.pairs, max_length=self.max_length)
-        return Features(sequences, targets)
+        return Features(sequences, targets, places=data.places)
 
     def loss(self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[int]) -> Tensor:
         """Mean cross entropy in nats."""
         labels = torch.tensor(targets, dtype=torch.int64, device=model.device)
+        if self.weighting is not None:
+            return self.weighting.loss(model(packed=batch).logits, labels)
         loss: Tensor = model(packed=batch, labels=labels).loss
         return loss
+
+    def counted_labels(self, targets: Sequence[int]) -> Sequence[int]:
+        """One a text."""
+        return targets
 
     def evaluate(self, model: Any, features: Features, *, batch_size: int) -> Scores:
         """See :meth:`Task.evaluate`; the details are an :class:`xlmr_ext.prediction.Evaluation`."""
@@ -82,6 +88,8 @@ class ClassificationTask(Task):
 
     def guessing_loss(self, features: Features) -> float:
         """The entropy of the labels' shares, see :func:`xlmr_ext.chance.guessing_loss`."""
+        if self.weighting is not None:
+            return self.weighting.guessing_loss(features.targets, len(self.labels))
         return guessing_loss(features.targets)
 
 

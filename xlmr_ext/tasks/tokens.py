@@ -191,15 +191,22 @@ class TokenTask(Task):
                     sentences.append(sentence)
         if not sequences:
             raise DataError(f"{data.source} has no word of which the tokenizer leaves anything")
-        return TokenFeatures(sequences, targets, sentences=sentences)
+        places = [data.where(sentence) for sentence in sentences].__getitem__
+        return TokenFeatures(sequences, targets, places=places, sentences=sentences)
 
     def loss(
         self, model: PreTrainedModel, batch: PackedBatch, targets: Sequence[Sequence[int]]
     ) -> Tensor:
         """Mean cross entropy over the words of the batch, in nats."""
         labels = torch.tensor(list(chain.from_iterable(targets)), device=model.device)
+        if self.weighting is not None:
+            return self.weighting.loss(model(packed=batch).logits, labels)
         loss: Tensor = model(packed=batch, labels=labels).loss
         return loss
+
+    def counted_labels(self, targets: Sequence[Sequence[int]]) -> list[int]:
+        """Those of the words, each once."""
+        return [label for row in targets for label in row if label != IGNORED]
 
     def evaluate(self, model: PreTrainedModel, features: Features, *, batch_size: int) -> Scores:
         """See :meth:`Task.evaluate`; the details are an :class:`EntityEvaluation`."""
@@ -237,8 +244,10 @@ class TokenTask(Task):
 
     def guessing_loss(self, features: Features) -> float:
         """The entropy of the labels' shares, see :func:`xlmr_ext.chance.guessing_loss`."""
-        labels = chain.from_iterable(features.targets)
-        return guessing_loss([label for label in labels if label != IGNORED])
+        labels = self.counted_labels(features.targets)
+        if self.weighting is not None:
+            return self.weighting.guessing_loss(labels, len(self.labels))
+        return guessing_loss(labels)
 
     def _gold(self, data: TaggedSentences, sentence: int, label_ids: dict[str, int]) -> list[int]:
         found = [label_ids.get(tag, -1) for tag in data.tags[sentence]]
