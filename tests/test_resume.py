@@ -30,11 +30,17 @@ from xlmr_ext.training import (
     ResumeError,
     SaveError,
     TrainingInterrupted,
+    loop,
     state,
 )
 
 RECIPE: dict[str, Any] = {"weight_decay": 0.5, "learning_rate": 0.02, "layer_decay": 0.7}
 TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(autouse=True)
+def _state_after_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STATE_SECONDS", 0.0)
 
 
 def fresh() -> StubClassifier:
@@ -167,8 +173,15 @@ def test_no_state_is_left_and_none_is_written_where_it_is_not_wanted(
         "save",
         lambda self, step, *more: (steps.append(step), real(self, step, *more)),
     )
-    for save_steps, expected in ((None, [5, 10]), (4, [4, 8, 12]), (0, []), (5, [5, 10])):
+    for apart, save_steps, expected in (
+        (0.0, None, [5, 10]),
+        (1e6, None, []),
+        (1e6, 4, [4, 8, 12]),
+        (1e6, 5, [5, 10]),
+        (0.0, 0, []),
+    ):
         steps.clear()
+        monkeypatch.setattr(loop, "STATE_SECONDS", apart)
         run(fresh(), rows(40), output_dir=tmp_path, save_steps=save_steps)
         assert steps == expected
         assert not (tmp_path / STATE_NAME).exists()

@@ -64,9 +64,9 @@ OUTPUT is a checkpoint in Hugging Face's layout. While the run goes on,
 OUTPUT/xlmr_ext_training.jsonl grows by a JSON object for every step and every evaluation.
 
 A run that was stopped, by whatever means, goes on with --resume and otherwise the same command:
-from the state that is saved after every epoch (--save-steps), or, where there is none yet, from the
-beginning. Where the run had ended, there is nothing to do. Other data, settings or weights than
-those of the run are refused."""
+from the state that is saved after an epoch, where the last one is five minutes ago (--save-steps),
+or, where there is none yet, from the beginning. Where the run had ended, there is nothing to do.
+Other data, settings or weights than those of the run are refused."""
 
 EXAMPLES = """\
 examples:
@@ -178,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=count_or_zero,
         help="save the state that --resume goes on from after every N steps; 0 never (default: "
-        "after every epoch)",
+        "after an epoch, where the last one is five minutes ago)",
     )
     course.add_argument(
         "--resume",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # From here on a rate can be too high; below it, a run that does not learn wants a higher one.
 _LOW_RATE = 1e-5
+# Writing the state may take as long as an epoch on few texts.
+STATE_SECONDS = 300.0
 _MOST_PLACES = 16  # of a batch, in a message
 
 
@@ -87,7 +89,8 @@ class Loop:
 
     Args:
         log_steps: steps from one line of the log to the next.
-        state: where the state goes, every ``save_steps`` steps, or at the end of every epoch.
+        state: where the state goes, every ``save_steps`` steps; None: at the end of an epoch, but
+            not more often than every five minutes.
         keep_last: whether the last weights are saved beside the best ones.
     """
 
@@ -112,6 +115,7 @@ class Loop:
     guessing_loss: float | None = None
     meter: Meter | None = None
     resumed_at: int = 0
+    saved_at: float = 0.0  # seconds of the run, when the state was saved
 
     def train(
         self,
@@ -339,7 +343,7 @@ class Loop:
         """At its time; not after the last step, as little is left to do then."""
         at = self.at
         due = (
-            at.done == self.steps_an_epoch
+            at.done == self.steps_an_epoch and at.seconds - self.saved_at >= STATE_SECONDS
             if self.save_steps is None
             else self.save_steps > 0 and at.step % self.save_steps == 0
         )
@@ -362,6 +366,7 @@ class Loop:
             "has_best": self.best_weights is not None,
         }
         self.state.save(at.step, facts, tensors)
+        self.saved_at = at.seconds
 
     def _restore(
         self,
@@ -371,7 +376,7 @@ class Loop:
     ) -> None:
         """Everything as :meth:`_save_state` found it."""
         self.at = Position.from_row(facts["position"])
-        self.resumed_at = self.at.step
+        self.resumed_at, self.saved_at = self.at.step, self.at.seconds
         self.checkpoints.saved = facts["saved"]
         if self.narrow is not None:
             self.narrow.restore(facts["narrow"])

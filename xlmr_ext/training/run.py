@@ -118,8 +118,9 @@ def finetune(
         keep_last: at the end, also save the last weights, in the folder ``last`` of ``output_dir``.
         log_steps: steps from one line of the jsonl log to the next; its loss is their mean.
         save_steps: save the state of training in ``output_dir`` after so many steps; None: after
-            every epoch, 0: never. It takes up to four times what is trained (the weights, AdamW's
-            two moments, the best weights) and is removed at the end.
+            an epoch, where the last one is five minutes ago; 0: never. It takes up to four times
+            what is trained (the weights, AdamW's two moments, the best weights) and is removed at
+            the end.
         resume: go on from the state in ``output_dir``, to the same bits as a run that was never
             stopped, with the same model, data, settings and thread count. Without a state there,
             begin at the beginning; where the run has ended, give its result.
