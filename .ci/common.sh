@@ -47,10 +47,13 @@ for requirement in importlib.metadata.requires("xlmr_ext") or []:
 PYTHON
 }
 
+configure() {  # configure DIRECTORY [CMAKE OPTION...]
+  .venv/bin/cmake -S . -B "$1" -G Ninja -DCMAKE_MAKE_PROGRAM="$root/.venv/bin/ninja" "${@:2}" \
+    >"$scratch/cmake.log" || { cat "$scratch/cmake.log"; return 1; }
+}
+
 build_native() {  # build_native DIRECTORY [CMAKE OPTION...]
-  .venv/bin/cmake -S . -B "$1" -G Ninja -DCMAKE_MAKE_PROGRAM="$root/.venv/bin/ninja" \
-    -DXLMR_EXT_BUILD_NATIVE_TESTS=ON -DXLMR_EXT_PYTHON=OFF "${@:2}" >"$scratch/cmake.log" ||
-    { cat "$scratch/cmake.log"; return 1; }
+  configure "$1" -DXLMR_EXT_BUILD_NATIVE_TESTS=ON -DXLMR_EXT_PYTHON=OFF "${@:2}"
   .venv/bin/cmake --build "$1"
 }
 
@@ -75,9 +78,8 @@ build_cuda() {  # build_cuda DIRECTORY ARCHITECTURES
     return
   fi
   mapfile -t options < <(python_options)
-  .venv/bin/cmake -S . -B "$1" -G Ninja -DCMAKE_MAKE_PROGRAM="$root/.venv/bin/ninja" \
-    -DXLMR_EXT_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$2" -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
-    "${options[@]}" >"$scratch/cmake.log" || { cat "$scratch/cmake.log"; return 1; }
+  configure "$1" -DXLMR_EXT_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$2" \
+    -DCMAKE_CUDA_FLAGS=-Xptxas=-v "${options[@]}"
   .venv/bin/cmake --build "$1" --target _cuda >"$scratch/nvcc.log" ||
     { cat "$scratch/nvcc.log"; return 1; }
   .venv/bin/python tests/simt/kernel_resources.py "$scratch/nvcc.log"
