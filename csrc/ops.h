@@ -2,7 +2,10 @@
 // function pointers that every instruction set (and CUDA) fills.
 //
 // Conventions, for every op:
-//  * Tensors are raw pointers to row-major data of the op's dtype. A `*_stride` is the distance
+//  * Tensors are raw pointers to row-major data of the op's dtype: activations, parameters and the
+//    gradients of both. In 16 bits (bfloat16, float16) what is marked "statistic" is float32, as is
+//    all arithmetic, sums included; a store rounds to nearest, ties to even.
+//  * A table without kernels of a dtype answers a sentence. A `*_stride` is the distance
 //    between rows in elements; columns are contiguous. Where no stride is given the tensor is
 //    contiguous. Pointers are aligned to their element only.
 //  * N = rows: the tokens of all sequences, back to back (packed, no padding).
@@ -140,7 +143,7 @@ struct AttentionForward {
   int64_t value_stride;
   void* out;  // [N, num_heads * head_size]
   int64_t out_stride;
-  void* lse;  // [num_heads, N] log sum exp of scaled scores; may be null
+  void* lse;  // [num_heads, N] log sum exp of scaled scores, a statistic; may be null
 };
 
 // dV = P~^T dO;  dP~ = dO V^T;  dS = P * (mask * dP~ / (1-p) - delta);  delta = rowsum(dO * O);
@@ -165,7 +168,7 @@ struct AttentionBackward {
   int64_t value_stride;
   const void* out;  // the forward's
   int64_t out_stride;
-  const void* lse;  // the forward's, [num_heads, N]
+  const void* lse;  // the forward's, [num_heads, N], a statistic
   void* dquery;     // [N, num_heads * head_size]
   int64_t dquery_stride;
   void* dkey;  // [N, num_heads * head_size], like dvalue
@@ -173,7 +176,7 @@ struct AttentionBackward {
   int64_t dkv_stride;
 };
 
-// sum = dropout(x) + residual;  y = (sum - mean) * rstd * weight + bias;
+// sum = dropout(x) + residual, in the op's dtype;  y = (sum - mean) * rstd * weight + bias;
 // rstd = 1 / sqrt(var + eps), var over the row, biased (Ba et al. 2016, arXiv 1607.06450).
 struct LayerNormForward {
   DType dtype;
@@ -188,7 +191,7 @@ struct LayerNormForward {
   const void* bias;    // [hidden]
   void* y;             // [N, hidden] contiguous
   void* sum;           // [N, hidden] contiguous, kept for the backward; may be null
-  void* mean;          // [N]; null together with rstd
+  void* mean;          // [N], a statistic as rstd; null together with it
   void* rstd;          // [N]
 };
 
@@ -212,7 +215,7 @@ struct LayerNormBackward {
   void* dbias;         // [hidden]
 };
 
-// y = dropout(LayerNorm(word[id] + position[position_id] + type[type_id])).
+// y = dropout(LayerNorm(word[id] + position[position_id] + type[type_id])), the sum as LayerNorm's.
 struct EmbeddingForward {
   DType dtype;
   int64_t rows, hidden;
@@ -233,13 +236,14 @@ struct EmbeddingForward {
   const void* weight;       // [hidden] LayerNorm's
   const void* bias;         // [hidden]
   void* y;                  // [N, hidden] contiguous
-  void* mean;               // [N]; may be null together with rstd
+  void* mean;               // [N], a statistic as rstd; may be null together with it
   void* rstd;               // [N]
 };
 
 // dsum as in LayerNormBackward, the sum being gathered again; then, row by row in ascending
-// order, dword[id] += dsum, dposition[position_id] += dsum, dtoken_type[type_id] += dsum. Rows
-// equal to padding_idx get nothing in dword and dposition (torch.nn.Embedding's rule).
+// order, dword[id] += dsum, dposition[position_id] += dsum, dtoken_type[type_id] += dsum, rounded
+// to 16 bits once, after the last row. Rows equal to padding_idx get nothing in dword and dposition
+// (torch.nn.Embedding's rule).
 struct EmbeddingBackward {
   DType dtype;
   int64_t rows, hidden;

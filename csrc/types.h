@@ -5,9 +5,15 @@
 
 namespace xlmr {
 
-enum class DType : int32_t { float32 = 0, float64 = 1 };
+// The CPU's tables have kernels of the first two, CUDA's of all.
+enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-inline constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
+inline constexpr bool is_16_bits(DType dtype) {
+  return dtype == DType::bfloat16 || dtype == DType::float16;
+}
+inline constexpr int64_t dtype_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : is_16_bits(dtype) ? 2 : 4;
+}
 
 // What an op may use of the machine. Filled anew on every call: the thread count is
 // torch.get_num_threads() of the calling thread, the stream is torch's current one.

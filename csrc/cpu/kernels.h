@@ -37,7 +37,7 @@ XLMR_DECLARE_OP(feed_forward_int8_forward, FeedForwardInt8Forward);
     Workspace space(nullptr);                                          \
     if (args.dtype == DType::float32) {                                \
       (void)Kernel<float>(space, args, ctx);                           \
-    } else {                                                           \
+    } else if (args.dtype == DType::float64) {                         \
       (void)Kernel<double>(space, args, ctx);                          \
     }                                                                  \
     return space.total();                                              \
@@ -46,8 +46,10 @@ XLMR_DECLARE_OP(feed_forward_int8_forward, FeedForwardInt8Forward);
     Workspace space(ctx.workspace);                                    \
     if (args.dtype == DType::float32) {                                \
       Kernel<float>(space, args, ctx).run(args, ctx);                  \
-    } else {                                                           \
+    } else if (args.dtype == DType::float64) {                         \
       Kernel<double>(space, args, ctx).run(args, ctx);                 \
+    } else {                                                           \
+      return "the CPU has kernels of float32 and float64 only";        \
     }                                                                  \
     return nullptr;                                                    \
   }

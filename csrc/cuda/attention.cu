@@ -1,7 +1,9 @@
-// out = softmax(scale Q K^T) V over packed sequences. A block has a block of queries of one head of
-// one sequence and goes over the keys; scores exist as one tile in shared memory. Key blocks start
-// at the sequence's start, so a row's bits depend on its sequence alone.
+// out = softmax(scale Q K^T) V over packed sequences: in 16 bits on tensor cores
+// (attention_forward_mma.cuh), else by fused multiply-add as here. A block has a block of queries
+// of one head of one sequence and goes over the keys; scores exist as one tile in shared memory.
+// Key blocks start at the sequence's start, so a row's bits depend on its sequence alone.
 #include "cuda/attention.cuh"
+#include "cuda/attention_forward_mma.cuh"
 #include "cuda/kernels.cuh"
 
 namespace xlmr::XLMR_CUDA_NS {
@@ -123,7 +125,11 @@ struct AttentionForwardLauncher {
 
   Status run(const AttentionForward& a, const ExecContext& ctx) const {
     if (Status error = check_head_size(a.head_size)) return error;
-    return a.head_size <= 64 ? run_forward<T, 64>(a, ctx) : run_forward<T, 128>(a, ctx);
+    if constexpr (kIs16Bits<T>) {
+      return a.head_size <= 64 ? run_forward_mma<T, 64>(a, ctx) : run_forward_mma<T, 128>(a, ctx);
+    } else {
+      return a.head_size <= 64 ? run_forward<T, 64>(a, ctx) : run_forward<T, 128>(a, ctx);
+    }
   }
 };
 

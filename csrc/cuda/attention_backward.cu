@@ -1,7 +1,9 @@
 // The gradients of attention: delta = rowsum(dO * O) row by row, then dQ by blocks of queries and
 // dK, dV by blocks of keys. Scores are computed again in both, so no two blocks add to one element,
-// and every sum has one order.
+// and every sum has one order. In 16 bits on tensor cores (attention_backward_mma.cuh), else by
+// fused multiply-add as here.
 #include "cuda/attention.cuh"
+#include "cuda/attention_backward_mma.cuh"
 #include "cuda/kernels.cuh"
 
 namespace xlmr::XLMR_CUDA_NS {
@@ -17,15 +19,17 @@ constexpr int kDeltaWarps = 4;
 // delta in its first form; a warp for a row of a head.
 template <class T>
 __global__ void __launch_bounds__(kDeltaWarps* kWarp)
-    attention_delta_kernel(AttentionBackward a, int64_t queries, T* delta) {
+    attention_delta_kernel(AttentionBackward a, int64_t queries, Wide<T>* delta) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kDeltaWarps + threadIdx.x / kWarp;
   if (index >= a.num_heads * queries) return;
   const int64_t head = index / queries, row = index % queries;
   const T* dout = head_rows<T>(a.dout, row, a.dout_stride, head, a.head_size);
   const T* out = head_rows<T>(a.out, row, a.out_stride, head, a.head_size);
-  T sum = 0;
-  for (int64_t d = lane; d < a.head_size; d += kWarp) sum = fma(dout[d], out[d], sum);
+  Wide<T> sum = 0;
+  for (int64_t d = lane; d < a.head_size; d += kWarp) {
+    sum = fma(widen(dout[d]), widen(out[d]), sum);
+  }
   sum = sum_lanes(sum);
   if (lane == 0) delta[index] = sum;
 }
@@ -319,10 +323,11 @@ Status run_backward(const AttentionBackward& a, T* delta, const ExecContext& ctx
 template <class T>
 struct AttentionBackwardLauncher {
   int64_t queries;
-  T* delta;  // [num_heads, queries]
+  Wide<T>* delta;  // [num_heads, queries]
 
   AttentionBackwardLauncher(Workspace& space, const AttentionBackward& a)
-      : queries(a.first_only ? a.batch : a.rows), delta(space.take<T>(a.num_heads, queries)) {}
+      : queries(a.first_only ? a.batch : a.rows),
+        delta(space.take<Wide<T>>(a.num_heads, queries)) {}
 
   Status run(const AttentionBackward& a, const ExecContext& ctx) const {
     if (Status error = check_head_size(a.head_size)) return error;
@@ -331,8 +336,13 @@ struct AttentionBackwardLauncher {
                               kDeltaWarps * kWarp, 0, ctx, a, queries, delta)) {
       return error;
     }
-    return a.head_size <= 64 ? run_backward<T, 64>(a, delta, ctx)
-                             : run_backward<T, 128>(a, delta, ctx);
+    if constexpr (kIs16Bits<T>) {
+      return a.head_size <= 64 ? run_backward_mma<T, 64>(a, delta, ctx)
+                               : run_backward_mma<T, 128>(a, delta, ctx);
+    } else {
+      return a.head_size <= 64 ? run_backward<T, 64>(a, delta, ctx)
+                               : run_backward<T, 128>(a, delta, ctx);
+    }
   }
 };
 

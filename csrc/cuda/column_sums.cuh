@@ -2,7 +2,7 @@
 // blocks, then the parts in ascending order. The order depends on the number of rows alone.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/element.cuh"
 
 namespace xlmr::XLMR_CUDA_NS {
 namespace {
@@ -18,16 +18,17 @@ inline int64_t parts_of(int64_t rows) {
   return max_of(int64_t{1}, ceil_div(rows, rows_of_part(rows)));
 }
 
-template <class T, int kCount>
+template <class Out, int kCount>
 struct ColumnSumsOut {
-  T* out[kCount];  // [parts, columns] each
+  Out* out[kCount];  // [parts, columns] each
 };
 
 // term(row, column, values) gives the kCount values of an element. Warps take every eighth row.
-template <class T, int kCount, class Term>
+template <class Out, int kCount, class Term>
 __global__ void __launch_bounds__(kSumThreads)
     column_sums_kernel(int64_t rows, int64_t columns, int64_t part_rows, Term term,
-                       ColumnSumsOut<T, kCount> to) {
+                       ColumnSumsOut<Out, kCount> to) {
+  using T = Wide<Out>;
   XLMR_SHARED(T, shared);  // [kSumWarps][kCount][kWarp]
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kSumThreads)
     if (warp != i) continue;
     T total = 0;
     for (int w = 0; w < kSumWarps; ++w) total += shared[(w * kCount + i) * kWarp + lane];
-    to.out[i][part * columns + column] = total;
+    to.out[i][part * columns + column] = narrow<Out>(total);
   }
 }
 
@@ -67,9 +68,10 @@ struct PartTerm {
   }
 };
 
-// Where parts lie between the two kernels.
-template <class T, int kCount>
+// Where parts lie between the two kernels. Sums are stored as Out.
+template <class Out, int kCount>
 struct ColumnSums {
+  using T = Wide<Out>;
   T* partial = nullptr;  // [kCount, parts, columns]; null where there is one part
 
   ColumnSums(Workspace& space, bool wanted, int64_t rows, int64_t columns) {
@@ -77,23 +79,29 @@ struct ColumnSums {
   }
 
   template <class Term>
-  Status run(const char* name, int64_t rows, int64_t columns, const Term& term, T* const* out,
+  Status run(const char* name, int64_t rows, int64_t columns, const Term& term, Out* const* out,
              const ExecContext& ctx) const {
     constexpr size_t shared = kSumThreads * kCount * sizeof(T);
     static_assert(shared <= kMostShared && kCount <= kSumWarps, "a block of column sums");
     const int64_t parts = parts_of(rows), column_blocks = ceil_div(columns, kWarp);
-    ColumnSumsOut<T, kCount> first, last;
+    ColumnSumsOut<Out, kCount> sums;
+    ColumnSumsOut<T, kCount> parts_of_sums;
     for (int i = 0; i < kCount; ++i) {
-      last.out[i] = out[i];
-      first.out[i] = parts == 1 ? out[i] : partial + i * parts * columns;
+      sums.out[i] = out[i];
+      parts_of_sums.out[i] = parts == 1 ? nullptr : partial + i * parts * columns;
     }
-    const Status error =
-        launch(name, column_sums_kernel<T, kCount, Term>, product(parts, column_blocks),
-               kSumThreads, shared, ctx, rows, columns, rows_of_part(rows), term, first);
-    if (error != nullptr || parts == 1) return error;
+    if (parts == 1) {
+      return launch(name, column_sums_kernel<Out, kCount, Term>, column_blocks, kSumThreads, shared,
+                    ctx, rows, columns, rows_of_part(rows), term, sums);
+    }
+    if (Status error = launch(name, column_sums_kernel<T, kCount, Term>,
+                              product(parts, column_blocks), kSumThreads, shared, ctx, rows,
+                              columns, rows_of_part(rows), term, parts_of_sums)) {
+      return error;
+    }
     const PartTerm<T, kCount> part_term{partial, parts, columns};
-    return launch(name, column_sums_kernel<T, kCount, PartTerm<T, kCount>>, column_blocks,
-                  kSumThreads, shared, ctx, parts, columns, parts, part_term, last);
+    return launch(name, column_sums_kernel<Out, kCount, PartTerm<T, kCount>>, column_blocks,
+                  kSumThreads, shared, ctx, parts, columns, parts, part_term, sums);
   }
 };
 
@@ -102,8 +110,8 @@ template <class T>
 struct MatrixTerm {
   const T* data;
   int64_t stride;
-  __device__ void operator()(int64_t row, int64_t column, T (&value)[1]) const {
-    value[0] = data[row * stride + column];
+  __device__ void operator()(int64_t row, int64_t column, Wide<T> (&value)[1]) const {
+    value[0] = widen(data[row * stride + column]);
   }
 };
 

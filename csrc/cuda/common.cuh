@@ -10,12 +10,15 @@
 #include "ops.h"
 
 #if defined(XLMR_SIMT)
+#include "simt/ptx.h"
 #include "simt/simt.h"
 #define XLMR_CUDA_NS simt
 // All shared memory is dynamic, and exactly as large as the launch says.
 #define XLMR_SHARED(T, name) T* name = static_cast<T*>(::simt::shared_memory())
 #else
 #include <cuda_runtime.h>
+
+#include "cuda/ptx.cuh"
 #define XLMR_CUDA_NS cuda
 #define XLMR_SHARED(T, name)                                          \
   extern __shared__ __align__(16) unsigned char xlmr_shared_memory[]; \

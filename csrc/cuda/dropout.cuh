@@ -28,9 +28,8 @@ struct DropoutMask {
     key1 = static_cast<uint32_t>(seed >> 32);
   }
 
-  // 0 or 1 / (1 - p) for columns 4 * group to 4 * group + 3; 1 where dropout is off.
-  __device__ Quad<T> factors(int64_t head, int64_t row, int64_t group) const {
-    if (!on) return {{T(1), T(1), T(1), T(1)}};
+  // Bit i says whether column 4 * group + i stays, where dropout is on.
+  __device__ __forceinline__ uint32_t kept(int64_t head, int64_t row, int64_t group) const {
     uint64_t word[4] = {static_cast<uint64_t>(group), static_cast<uint64_t>(row),
                         static_cast<uint64_t>(head), site};
     uint32_t k0 = key0, k1 = key1;
@@ -40,11 +39,21 @@ struct DropoutMask {
       k0 += kPhiloxW0;
       k1 += kPhiloxW1;
     }
-    Quad<T> factor;
+    uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      factor.v[i] = static_cast<uint32_t>(word[i]) >= threshold ? keep : T(0);
+      bits |= (static_cast<uint32_t>(word[i]) >= threshold ? 1u : 0u) << i;
     }
+    return bits;
+  }
+
+  // 0 or 1 / (1 - p) for columns 4 * group to 4 * group + 3; 1 where dropout is off.
+  __device__ Quad<T> factors(int64_t head, int64_t row, int64_t group) const {
+    if (!on) return {{T(1), T(1), T(1), T(1)}};
+    const uint32_t bits = kept(head, row, group);
+    Quad<T> factor;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factor.v[i] = (bits >> i & 1) != 0 ? keep : T(0);
     return factor;
   }
 

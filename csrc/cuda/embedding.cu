@@ -9,13 +9,14 @@ template <class T>
 struct EmbeddingRow {
   const T* word;  // null where `quantized` stands for it
   const int8_t* quantized;
-  T scale;
+  Wide<T> scale;
   const T* position;  // null where an id has no row in its table: the row is NaN then
   const T* token_type;
-  __device__ __forceinline__ T value(int64_t column, T) const {
-    if (position == nullptr) return static_cast<T>(NAN);
-    const T w = word != nullptr ? word[column] : static_cast<T>(quantized[column]) * scale;
-    return (w + token_type[column]) + position[column];
+  __device__ __forceinline__ Wide<T> value(int64_t column, Wide<T>) const {
+    using W = Wide<T>;
+    if (position == nullptr) return static_cast<W>(NAN);
+    const W w = word != nullptr ? widen(word[column]) : static_cast<W>(quantized[column]) * scale;
+    return (w + widen(token_type[column])) + widen(position[column]);
   }
 };
 
@@ -58,7 +59,7 @@ struct EmbeddingRows {
   __device__ __forceinline__ EmbeddingRow<T> row(int64_t index) const {
     const int64_t at = position_ids[index];
     const int64_t type = token_type_ids == nullptr ? 0 : token_type_ids[index];
-    EmbeddingRow<T> row{nullptr, nullptr, T(1), nullptr, nullptr};
+    EmbeddingRow<T> row{nullptr, nullptr, Wide<T>(1), nullptr, nullptr};
     if (!inside(at, position_rows) || !inside(type, token_type_rows)) return row;
     if (inputs_embeds != nullptr) {
       row.word = inputs_embeds + index * inputs_embeds_stride;
@@ -69,7 +70,7 @@ struct EmbeddingRows {
         row.word = static_cast<const T*>(word) + id * hidden;
       } else {
         row.quantized = static_cast<const int8_t*>(word) + id * hidden;
-        row.scale = static_cast<T>(word_scale[id]);
+        row.scale = static_cast<Wide<T>>(word_scale[id]);
       }
     }
     row.position = position + at * hidden;
@@ -84,7 +85,7 @@ struct EmbeddingForwardLauncher {
 
   Status run(const EmbeddingForward& a, const ExecContext& ctx) const {
     NormForward<T> norm = norm_forward_of<T>(a);
-    norm.after = DropoutMask<T>(a.dropout);
+    norm.after = DropoutMask<Wide<T>>(a.dropout);
     return norm_forward("embedding_forward", norm, EmbeddingRows<T>(a, a.word_scale), ctx);
   }
 };
@@ -119,11 +120,11 @@ __global__ void __launch_bounds__(kScatterThreads) scatter_rows_kernel(ScatterRo
     if (__any_sync(kAllLanes, earlier)) return;
   }
   T* to = a.table + id * a.hidden;
-  T sum[kScatterColumns];
+  Wide<T> sum[kScatterColumns];
 #pragma unroll
   for (int c = 0; c < kScatterColumns; ++c) {
     const int64_t column = column0 + c * kScatterThreads;
-    sum[c] = column < a.hidden ? to[column] : T(0);
+    sum[c] = column < a.hidden ? widen(to[column]) : Wide<T>(0);
   }
   for (int64_t base = first; base < a.rows; base += kWarp) {
     const bool same = base + lane < a.rows && (a.index == nullptr || a.index[base + lane] == id);
@@ -135,14 +136,14 @@ __global__ void __launch_bounds__(kScatterThreads) scatter_rows_kernel(ScatterRo
 #pragma unroll
       for (int c = 0; c < kScatterColumns; ++c) {
         const int64_t column = column0 + c * kScatterThreads;
-        if (column < a.hidden) sum[c] += from[column];
+        if (column < a.hidden) sum[c] += widen(from[column]);
       }
     }
   }
 #pragma unroll
   for (int c = 0; c < kScatterColumns; ++c) {
     const int64_t column = column0 + c * kScatterThreads;
-    if (column < a.hidden) to[column] = sum[c];
+    if (column < a.hidden) to[column] = narrow<T>(sum[c]);
   }
 }
 
@@ -155,7 +156,7 @@ struct EmbeddingBackwardLauncher {
 
   Status run(const EmbeddingBackward& a, const ExecContext& ctx) const {
     NormBackward<T> norm = norm_backward_of<T>(a);
-    norm.after = DropoutMask<T>(a.dropout);
+    norm.after = DropoutMask<Wide<T>>(a.dropout);
     if (Status error =
             norm_backward("embedding_backward", norm, EmbeddingRows<T>(a, nullptr), sums, ctx)) {
       return error;

@@ -63,9 +63,10 @@ struct ActivationBackward {
   int64_t inner;
   Activation activation;
 
-  __device__ __forceinline__ T operator()(int, int64_t row, int64_t column, T da) const {
-    const ValueAndSlope<T> act = activate_with_slope(activation, pre[row * inner + column]);
-    if (activated != nullptr) activated[row * inner + column] = act.value;
+  __device__ __forceinline__ Wide<T> operator()(int, int64_t row, int64_t column,
+                                                Wide<T> da) const {
+    const auto act = activate_with_slope(activation, widen(pre[row * inner + column]));
+    if (activated != nullptr) activated[row * inner + column] = narrow<T>(act.value);
     return da * act.slope;
   }
 };

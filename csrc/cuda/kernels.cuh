@@ -1,7 +1,7 @@
 // The entry points that table.cu gathers, and how a source defines one.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/element.cuh"
 
 namespace xlmr::XLMR_CUDA_NS {
 
@@ -23,24 +23,39 @@ XLMR_DECLARE_OP(embedding_backward, EmbeddingBackward);
 
 #undef XLMR_DECLARE_OP
 
+namespace {
+
+// f(T()) with the type of the tensors' elements.
+template <class F>
+auto with_element(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float64:
+      return f(double());
+    case DType::bfloat16:
+      return f(Bfloat16());
+    case DType::float16:
+      return f(Float16());
+    default:
+      return f(float());
+  }
+}
+
+}  // namespace
+
 }  // namespace xlmr::XLMR_CUDA_NS
 
 // Defines an op from a template `Launcher<T>` with a constructor (Workspace&, args), which lays out
 // the workspace, and a method run(args, ctx) that answers a Status.
-#define XLMR_DEFINE_OP(name, Args, Launcher)                       \
-  int64_t name##_workspace(const Args& args, const ExecContext&) { \
-    Workspace space(nullptr);                                      \
-    if (args.dtype == DType::float32) {                            \
-      (void)Launcher<float>(space, args);                          \
-    } else {                                                       \
-      (void)Launcher<double>(space, args);                         \
-    }                                                              \
-    return space.total();                                          \
-  }                                                                \
-  Status name(const Args& args, const ExecContext& ctx) {          \
-    Workspace space(ctx.workspace);                                \
-    if (args.dtype == DType::float32) {                            \
-      return Launcher<float>(space, args).run(args, ctx);          \
-    }                                                              \
-    return Launcher<double>(space, args).run(args, ctx);           \
+#define XLMR_DEFINE_OP(name, Args, Launcher)                                             \
+  int64_t name##_workspace(const Args& args, const ExecContext&) {                       \
+    Workspace space(nullptr);                                                            \
+    with_element(args.dtype,                                                             \
+                 [&](auto element) { (void)Launcher<decltype(element)>(space, args); }); \
+    return space.total();                                                                \
+  }                                                                                      \
+  Status name(const Args& args, const ExecContext& ctx) {                                \
+    Workspace space(ctx.workspace);                                                      \
+    return with_element(args.dtype, [&](auto element) {                                  \
+      return Launcher<decltype(element)>(space, args).run(args, ctx);                    \
+    });                                                                                  \
   }

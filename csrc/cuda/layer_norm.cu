@@ -9,9 +9,9 @@ template <class T>
 struct ResidualRow {
   const T* x;
   const T* residual;  // may be null
-  __device__ __forceinline__ T value(int64_t column, T factor) const {
-    const T kept = x[column] * factor;
-    return residual == nullptr ? kept : kept + residual[column];
+  __device__ __forceinline__ Wide<T> value(int64_t column, Wide<T> factor) const {
+    const Wide<T> kept = widen(x[column]) * factor;
+    return residual == nullptr ? kept : kept + widen(residual[column]);
   }
 };
 
@@ -33,7 +33,7 @@ struct LayerNormForwardLauncher {
 
   Status run(const LayerNormForward& a, const ExecContext& ctx) const {
     NormForward<T> norm = norm_forward_of<T>(a);
-    norm.before = DropoutMask<T>(a.dropout);
+    norm.before = DropoutMask<Wide<T>>(a.dropout);
     norm.sum = static_cast<T*>(a.sum);
     const ResidualRows<T> rows{static_cast<const T*>(a.x), a.x_stride,
                                static_cast<const T*>(a.residual), a.residual_stride};
@@ -50,7 +50,7 @@ struct LayerNormBackwardLauncher {
 
   Status run(const LayerNormBackward& a, const ExecContext& ctx) const {
     NormBackward<T> norm = norm_backward_of<T>(a);
-    norm.before = DropoutMask<T>(a.dropout);
+    norm.before = DropoutMask<Wide<T>>(a.dropout);
     norm.dx = static_cast<T*>(a.dx);
     const ResidualRows<T> rows{static_cast<const T*>(a.sum), a.sum_stride, nullptr, 0};
     return norm_backward("layer_norm_backward", norm, rows, sums, ctx);

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kElementThreads)
                          T* dz) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (i >= rows * columns) return;
-  dz[i] = dy[i / columns * dy_stride + i % columns] * (T(1) - y[i] * y[i]);
+  const Wide<T> of_y = widen(y[i]), of_dy = widen(dy[i / columns * dy_stride + i % columns]);
+  dz[i] = narrow<T>(of_dy * (Wide<T>(1) - of_y * of_y));
 }
 
 template <class T>

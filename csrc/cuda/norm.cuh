@@ -1,29 +1,33 @@
 // LayerNorm of rows, forward and backward, shared by the LayerNorm and embedding ops. A warp makes
 // a row: three passes forward, two backward, over what it wrote itself or over its inputs again, so
 // a row may be of any length. A `Rows` says what is normalised: rows.row(i).value(column, factor)
-// is an element before the LayerNorm, `factor` being what dropout does to x.
+// is an element before the LayerNorm, `factor` being what dropout does to x. In 16 bits that
+// element is rounded before anything is made of it: so statistics and gradients are of the very
+// numbers that are kept for the backward.
 #pragma once
 
 #include "cuda/column_sums.cuh"
 #include "cuda/dropout.cuh"
+#include "cuda/element.cuh"
 
 namespace xlmr::XLMR_CUDA_NS {
 namespace {
 
 constexpr int kNormWarps = 4;  // of a block
 constexpr int kNormThreads = kNormWarps * kWarp;
+constexpr int kNormBlocks = 8;  // of a multiprocessor; asked for more, ptxas spills for it
 
 template <class T>
 struct NormForward {
   int64_t rows, hidden;
-  T eps;
-  DropoutMask<T> before, after;  // on what `value` takes as its factor, and on y
+  Wide<T> eps;
+  DropoutMask<Wide<T>> before, after;  // on what `value` takes as its factor, and on y
   const T* weight;
   const T* bias;
   T* y;
-  T* sum;   // may be null
-  T* mean;  // null together with rstd
-  T* rstd;
+  T* sum;         // may be null
+  Wide<T>* mean;  // null together with rstd
+  Wide<T>* rstd;
 };
 
 // What the arguments of the two ops have alike; dropout and `sum` are left to them.
@@ -32,12 +36,12 @@ NormForward<T> norm_forward_of(const Args& a) {
   NormForward<T> norm{};
   norm.rows = a.rows;
   norm.hidden = a.hidden;
-  norm.eps = static_cast<T>(a.eps);
+  norm.eps = static_cast<Wide<T>>(a.eps);
   norm.weight = static_cast<const T*>(a.weight);
   norm.bias = static_cast<const T*>(a.bias);
   norm.y = static_cast<T*>(a.y);
-  norm.mean = static_cast<T*>(a.mean);
-  norm.rstd = static_cast<T*>(a.rstd);
+  norm.mean = static_cast<Wide<T>*>(a.mean);
+  norm.rstd = static_cast<Wide<T>*>(a.rstd);
   return norm;
 }
 
@@ -51,39 +55,42 @@ __device__ __forceinline__ void for_group(int64_t group, int64_t hidden, const F
 }
 
 template <class T, class Rows>
-__global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(NormForward<T> a, Rows rows) {
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks)
+    norm_forward_kernel(NormForward<T> a, Rows rows) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / kWarp;
   if (index >= a.rows) return;
+  using W = Wide<T>;
   const auto row = rows.row(index);
   const int64_t groups = ceil_div(a.hidden, 4);
   T* y = a.y + index * a.hidden;
   // The sums wait where each lane finds its own again: in y, where the caller keeps none.
   T* sum = a.sum != nullptr ? a.sum + index * a.hidden : y;
-  T total = 0;
+  W total = 0;
   for (int64_t group = lane; group < groups; group += kWarp) {
-    const Quad<T> factor = a.before.factors(0, index, group);
+    const Quad<W> factor = a.before.factors(0, index, group);
     for_group(group, a.hidden, [&](int64_t column, int i) {
-      const T value = row.value(column, factor.v[i]);
+      const T value = narrow<T>(row.value(column, factor.v[i]));
       sum[column] = value;
-      total += value;
+      total += widen(value);
     });
   }
-  const T mean = sum_lanes(total) / static_cast<T>(a.hidden);
-  T squares = 0;
+  const W mean = sum_lanes(total) / static_cast<W>(a.hidden);
+  W squares = 0;
   for (int64_t group = lane; group < groups; group += kWarp) {
     for_group(group, a.hidden, [&](int64_t column, int) {
-      const T d = sum[column] - mean;
+      const W d = widen(sum[column]) - mean;
       squares = fma(d, d, squares);
     });
   }
-  const T variance = sum_lanes(squares) / static_cast<T>(a.hidden);
-  const T rstd = T(1) / sqrt(variance + a.eps);
+  const W variance = sum_lanes(squares) / static_cast<W>(a.hidden);
+  const W rstd = W(1) / sqrt(variance + a.eps);
   for (int64_t group = lane; group < groups; group += kWarp) {
-    const Quad<T> factor = a.after.factors(0, index, group);
+    const Quad<W> factor = a.after.factors(0, index, group);
     for_group(group, a.hidden, [&](int64_t column, int i) {
-      const T h = (sum[column] - mean) * rstd;
-      y[column] = fma(h, a.weight[column], a.bias[column]) * factor.v[i];
+      const W h = (widen(sum[column]) - mean) * rstd;
+      const W normal = fma(h, widen(a.weight[column]), widen(a.bias[column]));
+      y[column] = narrow<T>(normal * factor.v[i]);
     });
   }
   if (lane == 0 && a.mean != nullptr) {
@@ -95,11 +102,11 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_kernel(NormForward<
 template <class T>
 struct NormBackward {
   int64_t rows, hidden;
-  DropoutMask<T> before, after;  // on dx, and on dy
+  DropoutMask<Wide<T>> before, after;  // on dx, and on dy
   const T* dy;
   int64_t dy_stride;
-  const T* mean;
-  const T* rstd;
+  const Wide<T>* mean;
+  const Wide<T>* rstd;
   const T* weight;
   T* dsum;
   T* dx;       // may be null
@@ -115,8 +122,8 @@ NormBackward<T> norm_backward_of(const Args& a) {
   norm.hidden = a.hidden;
   norm.dy = static_cast<const T*>(a.dy);
   norm.dy_stride = a.dy_stride;
-  norm.mean = static_cast<const T*>(a.mean);
-  norm.rstd = static_cast<const T*>(a.rstd);
+  norm.mean = static_cast<const Wide<T>*>(a.mean);
+  norm.rstd = static_cast<const Wide<T>*>(a.rstd);
   norm.weight = static_cast<const T*>(a.weight);
   norm.dsum = static_cast<T*>(a.dsum);
   norm.dweight = static_cast<T*>(a.dweight);
@@ -130,30 +137,33 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(NormBackwar
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / kWarp;
   if (index >= a.rows) return;
+  using W = Wide<T>;
   const auto row = rows.row(index);
   const int64_t groups = ceil_div(a.hidden, 4);
-  const T mean = a.mean[index], rstd = a.rstd[index];
+  const W mean = a.mean[index], rstd = a.rstd[index];
   const T* dy = a.dy + index * a.dy_stride;
-  T total_g = 0, total_gh = 0;
+  W total_g = 0, total_gh = 0;
   for (int64_t group = lane; group < groups; group += kWarp) {
-    const Quad<T> factor = a.after.factors(0, index, group);
+    const Quad<W> factor = a.after.factors(0, index, group);
     for_group(group, a.hidden, [&](int64_t column, int i) {
-      const T g = dy[column] * factor.v[i] * a.weight[column];
+      const W g = widen(dy[column]) * factor.v[i] * widen(a.weight[column]);
       total_g += g;
-      total_gh = fma(g, (row.value(column, T(1)) - mean) * rstd, total_gh);
+      total_gh = fma(g, (stored<T>(row.value(column, W(1))) - mean) * rstd, total_gh);
     });
   }
-  const T mean_g = sum_lanes(total_g) / static_cast<T>(a.hidden);
-  const T mean_gh = sum_lanes(total_gh) / static_cast<T>(a.hidden);
+  const W mean_g = sum_lanes(total_g) / static_cast<W>(a.hidden);
+  const W mean_gh = sum_lanes(total_gh) / static_cast<W>(a.hidden);
   for (int64_t group = lane; group < groups; group += kWarp) {
-    const Quad<T> factor = a.after.factors(0, index, group);
-    const Quad<T> dx_factor = a.before.factors(0, index, group);
+    const Quad<W> factor = a.after.factors(0, index, group);
+    const Quad<W> dx_factor = a.before.factors(0, index, group);
     for_group(group, a.hidden, [&](int64_t column, int i) {
-      const T g = dy[column] * factor.v[i] * a.weight[column];
-      const T h = (row.value(column, T(1)) - mean) * rstd;
-      const T dsum = rstd * (g - mean_g - h * mean_gh);
-      a.dsum[index * a.hidden + column] = dsum;
-      if (a.dx != nullptr) a.dx[index * a.hidden + column] = dsum * dx_factor.v[i];
+      const W g = widen(dy[column]) * factor.v[i] * widen(a.weight[column]);
+      const W h = (stored<T>(row.value(column, W(1))) - mean) * rstd;
+      const W dsum = rstd * (g - mean_g - h * mean_gh);
+      a.dsum[index * a.hidden + column] = narrow<T>(dsum);
+      if (a.dx != nullptr) {
+        a.dx[index * a.hidden + column] = narrow<T>(dsum * dx_factor.v[i]);
+      }
     });
   }
 }
@@ -163,9 +173,9 @@ template <class T, class Rows>
 struct ParameterTerm {
   NormBackward<T> a;
   Rows rows;
-  __device__ void operator()(int64_t index, int64_t column, T (&value)[2]) const {
-    const T dy = a.dy[index * a.dy_stride + column] * a.after.factor(0, index, column);
-    const T sum = rows.row(index).value(column, T(1));
+  __device__ void operator()(int64_t index, int64_t column, Wide<T> (&value)[2]) const {
+    const Wide<T> dy = widen(a.dy[index * a.dy_stride + column]) * a.after.factor(0, index, column);
+    const Wide<T> sum = stored<T>(rows.row(index).value(column, Wide<T>(1)));
     value[0] = dy * ((sum - a.mean[index]) * a.rstd[index]);
     value[1] = dy;
   }

@@ -153,10 +153,10 @@ Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
         for (int64_t j = 0; j < length; ++j) {
           const size_t ij = size_t(i * length + j);
           softmax[ij] = weight[size_t(j)] / sum;
-          probability[ij] = softmax[ij];
+          probability[ij] = stored<T>(softmax[ij]);
           if (p.p > 0) {
-            probability[ij] =
-                keeps(p.p, kSeed, p.site, head, first + i, j) ? softmax[ij] * keep : exact(R(0));
+            probability[ij] = keeps(p.p, kSeed, p.site, head, first + i, j) ? probability[ij] * keep
+                                                                            : exact(R(0));
           }
         }
         for (int64_t d = 0; d < p.size; ++d) {
@@ -175,7 +175,7 @@ Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
         // rowsum(dO * O) and rowsum(P * dP) are the same number with different errors.
         Sum<R> delta, same_delta;
         for (int64_t d = 0; d < p.size; ++d) {
-          delta.add_product(exact(dout(i, d)), rounded(ref.out[index(asked + i, d)].v));
+          delta.add_product(exact(dout(i, d)), given<T>(ref.out[index(asked + i, d)].v));
         }
         for (int64_t j = 0; j < length; ++j) {
           const size_t ij = size_t(i * length + j);
@@ -190,9 +190,9 @@ Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
           const R v = softmax[ij].v;
           softmax[ij].e = v * (s.e + 4 * (std::fabs(s.v) + lse_size) + R(kFunctionError));
           if (p.p == 0) {
-            probability[ij] = softmax[ij];
+            probability[ij] = stored<T>(softmax[ij]);
           } else if (probability[ij].v != 0) {
-            probability[ij] = softmax[ij] * keep;
+            probability[ij] = stored<T>(softmax[ij]) * keep;
           }
           Num<R> dp = dot.value();
           if (p.p > 0) {
@@ -205,7 +205,7 @@ Reference<Wide<T>> reference(const Problem<T>& p, bool gradients) {
         const Num<R> either{delta.value().v, std::max(delta.value().e, same_delta.value().e)};
         for (int64_t j = 0; j < length; ++j) {
           const size_t ij = size_t(i * length + j);
-          dscore[ij] = softmax[ij] * (dprobability[size_t(j)] - either) * scale;
+          dscore[ij] = stored<T>(softmax[ij] * (dprobability[size_t(j)] - either)) * scale;
         }
       }
       for (int64_t d = 0; d < p.size; ++d) {

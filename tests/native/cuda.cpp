@@ -35,8 +35,9 @@ Results<T> run_embedding(TableRef table, const Embedding<T>& p) {
   const Guarded<T> word(p.word, kWords, kHidden), position(p.position, kPositions, kHidden),
       type(p.type, kTypes, kHidden), weight(p.weight, 1, kHidden), bias(p.bias, 1, kHidden),
       dy(p.dy, kRows, kHidden);
-  Guarded<T> y(kRows, kHidden), dsum(kRows, kHidden), mean(kRows, 1), rstd(kRows, 1),
-      dword(kWords, kHidden), dposition(kPositions, kHidden), dtype(kTypes, kHidden);
+  Guarded<Arithmetic<T>> mean(kRows, 1), rstd(kRows, 1);
+  Guarded<T> y(kRows, kHidden), dsum(kRows, kHidden), dword(kWords, kHidden),
+      dposition(kPositions, kHidden), dtype(kTypes, kHidden);
   const auto set = [&](auto& args) {
     args.dtype = dtype_of<T>();
     args.rows = kRows;
@@ -73,9 +74,10 @@ Results<T> run_embedding(TableRef table, const Embedding<T>& p) {
   backward.dposition = dposition.data();
   backward.dtoken_type = dtype.data();
   run_op(table.embedding_backward, backward, 1);
-  for (const Guarded<T>* buffer : {&y, &dsum, &mean, &rstd, &dword, &dposition, &dtype}) {
+  for (const Guarded<T>* buffer : {&y, &dsum, &dword, &dposition, &dtype}) {
     CHECK(buffer->intact(), "an output was written outside of its elements");
   }
+  CHECK(mean.intact() && rstd.intact(), "a statistic was written outside of its elements");
   return {y.values(), dword.values(), dposition.values(), dtype.values()};
 }
 
@@ -167,12 +169,39 @@ void run(TableRef table) {
   check_limits<T>(line, table);
 }
 
+// A table of the CPU answers a sentence where 16 bits are asked for, and touches nothing.
+void check_refusals(TableRef table) {
+  const xlmr::ExecContext context;
+  const auto check = [&](const auto& op, auto args) {
+    for (const xlmr::DType dtype : {xlmr::DType::bfloat16, xlmr::DType::float16}) {
+      args.dtype = dtype;
+      CHECK(op.workspace(args, context) >= 0, "the query of a dtype without kernels");
+      expect_sentence(op.run(args, context), "float32 and float64 only");
+    }
+  };
+  check(table.pack_weight, xlmr::PackWeight{});
+  check(table.linear_forward, xlmr::LinearForward{});
+  check(table.linear_backward, xlmr::LinearBackward{});
+  check(table.feed_forward_forward, xlmr::FeedForwardForward{});
+  check(table.feed_forward_backward, xlmr::FeedForwardBackward{});
+  check(table.attention_forward, xlmr::AttentionForward{});
+  check(table.attention_backward, xlmr::AttentionBackward{});
+  check(table.layer_norm_forward, xlmr::LayerNormForward{});
+  check(table.layer_norm_backward, xlmr::LayerNormBackward{});
+  check(table.embedding_forward, xlmr::EmbeddingForward{});
+  check(table.embedding_backward, xlmr::EmbeddingBackward{});
+}
+
 }  // namespace
 
 void test_cuda(TableRef table) {
-  if (!selected("cuda") || !emulates_cuda(table)) return;
-  run<float>(table);
-  run<double>(table);
+  if (!selected("cuda")) return;
+  if (emulates_cuda(table)) {
+    for_types(table, [&](auto element) { run<decltype(element)>(table); });
+  } else {
+    tally().context = std::string(table.name) + " asked for 16 bits";
+    check_refusals(table);
+  }
 }
 
 }  // namespace test

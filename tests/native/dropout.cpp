@@ -47,7 +47,8 @@ void through_layer_norm(Line& line, TableRef table, const Setting& s, int64_t ro
              s.name());
   const std::vector<T> ones(size_t(rows * hidden), T(1));
   const Guarded<T> x(ones, rows, hidden), weight(slice(ones, 0, hidden), 1, hidden);
-  const Guarded<T> y(rows, hidden), sum(rows, hidden), mean(rows, 1), rstd(rows, 1);
+  const Guarded<T> y(rows, hidden), sum(rows, hidden);
+  const Guarded<Arithmetic<T>> mean(rows, 1), rstd(rows, 1);
   xlmr::LayerNormForward args{};
   args.dtype = dtype_of<T>();
   args.rows = rows;
@@ -147,6 +148,7 @@ void run(TableRef table) {
       for (const int64_t site : kSites) {
         if (options().quick && (seed != -1 || site != 77)) continue;
         const Setting s{p, seed, site};
+        if (1 / (1 - p) > double(std::numeric_limits<T>::max())) continue;
         through_layer_norm<T>(line, table, s, 5, 37);
         through_embedding<T>(line, table, s, 6, 33);
         if (seed == -1 || site == 77) through_attention<T>(line, table, s, 67);
@@ -165,8 +167,7 @@ void run(TableRef table) {
 }  // namespace
 
 void test_dropout(TableRef table) {
-  run<float>(table);
-  run<double>(table);
+  for_types(table, [&](auto element) { run<decltype(element)>(table); });
 }
 
 }  // namespace test

@@ -24,7 +24,8 @@ struct Problem {
   std::vector<T> word, position, type, weight, bias;
   std::vector<int8_t> word_q;  // instead of `word`, where not empty
   std::vector<float> word_scale;
-  std::vector<T> dy, mean, rstd, dword, dposition, dtype;  // gradients as they are before
+  std::vector<T> dy, dword, dposition, dtype;  // gradients as they are before
+  std::vector<Arithmetic<T>> mean, rstd;
 
   bool by_id() const { return embeds.empty(); }
   std::string sizes() const {
@@ -44,11 +45,17 @@ std::vector<Num<R>> row_sum(const Problem<T>& p, int64_t row) {
     const T word = p.by_id() ? p.word[size_t(p.ids[size_t(row)] * p.hidden + i)]
                              : p.embeds[size_t(row * p.hidden + i)];
     const int64_t type = p.types.empty() ? 0 : p.types[size_t(row)];
+    const T of_position = p.position[size_t(p.positions[size_t(row)] * p.hidden + i)];
+    const T of_type = p.type[size_t(type * p.hidden + i)];
+    if constexpr (kIs16Bits<T>) {  // the number that the sum is rounded to counts
+      out.push_back(exact(R(T((float(word) + float(of_type)) + float(of_position)))));
+      continue;
+    }
     // Any order of the three: two roundings of at most the sum of the magnitudes.
     Sum<R> sum;
     sum.add(exact(R(word)));
-    sum.add(exact(R(p.position[size_t(p.positions[size_t(row)] * p.hidden + i)])));
-    sum.add(exact(R(p.type[size_t(type * p.hidden + i)])));
+    sum.add(exact(R(of_position)));
+    sum.add(exact(R(of_type)));
     out.push_back(sum.value());
   }
   return out;
@@ -87,8 +94,8 @@ Problem<T> make(Random& random, int64_t rows, int64_t hidden, double p, bool by_
   out.dtype = random.values<T>(kTypes * hidden);
   for (int64_t row = 0; row < rows; ++row) {
     const RowNorm<R> norm = norm_row(row_sum<R>(out, row), out.eps, R(0));
-    out.mean.push_back(T(norm.mean.v));
-    out.rstd.push_back(T(norm.rstd.v));
+    out.mean.push_back(Arithmetic<T>(norm.mean.v));
+    out.rstd.push_back(Arithmetic<T>(norm.rstd.v));
   }
   return out;
 }
@@ -140,15 +147,16 @@ struct Inputs {
 template <class T>
 using Outputs = std::vector<std::vector<T>>;
 
-// Outputs: y, mean, rstd.
+// Outputs: y; mean, rstd.
 template <class T>
-Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
+WithStatistics<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   const Inputs<T> inputs(p);
   const Guarded<T> bias(p.bias, 1, p.hidden);
   const Guarded<int8_t> word_q(p.word_q, p.word_q.empty() ? 0 : kWords, p.hidden);
   const Guarded<float> word_scale(p.word_scale, p.word_scale.empty() ? 0 : 1, kWords);
   const Guarded<T> y(p.rows, p.hidden);
-  const Guarded<T> mean(p.need_stats ? p.rows : 0, 1), rstd(p.need_stats ? p.rows : 0, 1);
+  const Guarded<Arithmetic<T>> mean(p.need_stats ? p.rows : 0, 1);
+  const Guarded<Arithmetic<T>> rstd(p.need_stats ? p.rows : 0, 1);
   xlmr::EmbeddingForward args{};
   inputs.set(args, p);
   if (!p.word_q.empty()) args.word = word_q.data();
@@ -161,12 +169,9 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   run_op(table.embedding_forward, args, threads);
   CHECK(inputs.intact() && bias.intact() && word_q.intact() && word_scale.intact(),
         "an input was changed");
-  Outputs<T> out;
-  for (const Guarded<T>* buffer : {&y, &mean, &rstd}) {
-    CHECK(buffer->intact(), "output %zu was written outside of its elements", out.size());
-    out.push_back(buffer->values());
-  }
-  return out;
+  CHECK(y.intact(), "y was written outside of its elements");
+  CHECK(mean.intact() && rstd.intact(), "a statistic was written outside of its elements");
+  return {{y.values()}, {mean.values(), rstd.values()}};
 }
 
 // Outputs: dsum, dword, dposition, dtoken_type, dweight, dbias (empty where not asked for).
@@ -174,7 +179,7 @@ template <class T>
 Outputs<T> backward(TableRef table, const Problem<T>& p, int32_t threads) {
   const Inputs<T> inputs(p);
   const Guarded<T> dy(p.dy, p.rows, p.hidden, p.hidden + 2 * p.gap);
-  const Guarded<T> mean(p.mean, p.rows, 1), rstd(p.rstd, p.rows, 1);
+  const Guarded<Arithmetic<T>> mean(p.mean, p.rows, 1), rstd(p.rstd, p.rows, 1);
   const Guarded<T> dsum(p.rows, p.hidden);
   Guarded<T> dword(p.need_word ? kWords : 0, p.hidden);
   Guarded<T> dposition(p.need_position ? kPositions : 0, p.hidden);
@@ -212,13 +217,13 @@ template <class T>
 void check_forward(Line& line, TableRef table, const Problem<T>& p) {
   using R = Wide<T>;
   line.begin(p.sizes());
-  const Outputs<T> got =
+  const WithStatistics<T> got =
       run_on_threads(line, [&](int32_t threads) { return forward(table, p, threads); });
   std::vector<Num<R>> y, mean, rstd;
   const Num<R> keep = rounded(R(1 / (1 - p.p)));
   for (int64_t row = 0; row < p.rows; ++row) {
     const RowNorm<R> norm =
-        norm_row(row_sum<R>(p, row), p.eps, R(std::numeric_limits<T>::epsilon() / 2));
+        norm_row(row_sum<R>(p, row), p.eps, R(std::numeric_limits<Arithmetic<T>>::epsilon() / 2));
     mean.push_back(norm.mean);
     rstd.push_back(norm.rstd);
     for (int64_t i = 0; i < p.hidden; ++i) {
@@ -230,8 +235,8 @@ void check_forward(Line& line, TableRef table, const Problem<T>& p) {
   }
   line.compare("y", got[0], y);
   if (p.need_stats) {
-    line.compare("mean", got[1], mean);
-    line.compare("rstd", got[2], rstd);
+    line.compare("mean", got.statistics[0], mean);
+    line.compare("rstd", got.statistics[1], rstd);
   }
   if (p.p > 0 || p.rows < 2) return;
   const int64_t middle = p.rows / 2;
@@ -245,11 +250,13 @@ void check_forward(Line& line, TableRef table, const Problem<T>& p) {
                  slice(got[0], middle * p.hidden, p.hidden));
 }
 
-// Adds row by row in ascending order, in the tested type: the very bits that the op owes.
+// Adds row by row in ascending order, in the arithmetic of the tested type, and rounds to that type
+// at the end: the very bits that the op owes.
 template <class T>
-std::vector<T> scattered(std::vector<T> table, const std::vector<T>& dsum,
+std::vector<T> scattered(const std::vector<T>& before, const std::vector<T>& dsum,
                          const std::vector<int64_t>& index, int64_t rows, int64_t hidden,
                          int64_t padding_idx) {
+  std::vector<Arithmetic<T>> table(before.begin(), before.end());
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t target = index.empty() ? 0 : index[size_t(row)];
     if (target == padding_idx) continue;
@@ -257,7 +264,7 @@ std::vector<T> scattered(std::vector<T> table, const std::vector<T>& dsum,
       table[size_t(target * hidden + i)] += dsum[size_t(row * hidden + i)];
     }
   }
-  return table;
+  return {table.begin(), table.end()};
 }
 
 template <class T>
@@ -307,20 +314,26 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
 }
 
 // A word table of 8 bits gives the bits of the floats that it stands for; embeds go before it.
+// Those floats fit into 16 bits where their scales are powers of two.
 template <class T>
 void check_int8_words(Line& line, TableRef table, Problem<T> p) {
   line.begin("int8 words " + p.sizes());
-  const Int8Values words =
-      quantized(std::vector<float>(p.word.begin(), p.word.end()), kWords, p.hidden);
+  Int8Values words = quantized(std::vector<float>(p.word.begin(), p.word.end()), kWords, p.hidden);
+  if (kIs16Bits<T>) {
+    for (float& scale : words.scale) scale = std::exp2(std::round(std::log2(scale)));
+  }
   for (size_t i = 0; i < words.q.size(); ++i) {
     p.word[i] = T(words.q[i]) * T(words.scale[i / size_t(p.hidden)]);
   }
-  const Outputs<T> want = forward(table, p, 1);
+  const WithStatistics<T> want = forward(table, p, 1);
   p.word_q = words.q;
   p.word_scale = words.scale;
-  const Outputs<T> got =
+  const WithStatistics<T> got =
       run_on_threads(line, [&](int32_t threads) { return forward(table, p, threads); });
-  for (size_t k = 0; k < want.size(); ++k) line.same_bits("int8 words", got[k], want[k]);
+  line.same_bits("int8 words", got[0], want[0]);
+  for (size_t k = 0; k < 2; ++k) {
+    line.same_bits("int8 words", got.statistics[k], want.statistics[k]);
+  }
 }
 
 template <class T>
@@ -371,8 +384,7 @@ void run(TableRef table) {
 }  // namespace
 
 void test_embedding(TableRef table) {
-  run<float>(table);
-  run<double>(table);
+  for_types(table, [&](auto element) { run<decltype(element)>(table); });
 }
 
 }  // namespace test

@@ -454,8 +454,7 @@ void run(TableRef table) {
 }  // namespace
 
 void test_encoder(TableRef table) {
-  run<float>(table);
-  run<double>(table);
+  for_types(table, [&](auto element) { run<decltype(element)>(table); });
 }
 
 }  // namespace test

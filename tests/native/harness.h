@@ -51,10 +51,14 @@ class Random {
 
 template <class T>
 constexpr xlmr::DType dtype_of() {
+  if (std::is_same_v<T, Bfloat16>) return xlmr::DType::bfloat16;
+  if (std::is_same_v<T, Float16>) return xlmr::DType::float16;
   return sizeof(T) == 4 ? xlmr::DType::float32 : xlmr::DType::float64;
 }
 template <class T>
 constexpr const char* dtype_name() {
+  if (std::is_same_v<T, Bfloat16>) return "bfloat16";
+  if (std::is_same_v<T, Float16>) return "float16";
   return sizeof(T) == 4 ? "float32" : "float64";
 }
 
@@ -89,8 +93,19 @@ void run_op(const xlmr::Op<Args>& op, const Args& args, int32_t threads) {
 
 using TableRef = const xlmr::KernelTable&;
 
-// Whether the table is that of the CUDA kernels: it has no 8-bit products and knows no threads.
+// Whether the table is that of the CUDA kernels: it has no 8-bit products and knows no threads, but
+// it has kernels of 16-bit types.
 inline bool emulates_cuda(TableRef table) { return std::strcmp(table.name, "simt") == 0; }
+
+// f(T()) for every type that the table has kernels of.
+template <class F>
+void for_types(TableRef table, const F& f) {
+  f(float());
+  f(double());
+  if (!emulates_cuda(table)) return;
+  f(Bfloat16());
+  f(Float16());
+}
 
 // One line of the report: the largest error of an op, in parts of its tolerance.
 class Line {
@@ -136,6 +151,28 @@ class Line {
   double worst_ = 0;
 };
 
+// What an op wrote: tensors of its type, and statistics.
+template <class T>
+struct WithStatistics {
+  std::vector<std::vector<T>> values;
+  std::vector<std::vector<Arithmetic<T>>> statistics;
+  const std::vector<T>& operator[](size_t i) const { return values[i]; }
+};
+
+template <class T>
+void same_outputs(Line& line, int32_t threads, const std::vector<std::vector<T>>& a,
+                  const std::vector<std::vector<T>>& b) {
+  for (size_t k = 0; k < a.size(); ++k) {
+    line.same_bits(text("output %zu on %d threads", k, int(threads)).c_str(), a[k], b[k]);
+  }
+}
+template <class T>
+void same_outputs(Line& line, int32_t threads, const WithStatistics<T>& a,
+                  const WithStatistics<T>& b) {
+  same_outputs(line, threads, a.values, b.values);
+  same_outputs(line, threads, a.statistics, b.statistics);
+}
+
 // Whether the op is to be run at all.
 bool selected(const char* op);
 
@@ -151,10 +188,7 @@ template <class Execute>
 auto run_on_threads(Line& line, Execute execute) {
   auto first = execute(1);
   for (int32_t threads = 2; threads <= options().threads; ++threads) {
-    const auto other = execute(threads);
-    for (size_t k = 0; k < first.size(); ++k) {
-      line.same_bits(text("output %zu on %d threads", k, int(threads)).c_str(), first[k], other[k]);
-    }
+    same_outputs(line, threads, first, execute(threads));
   }
   return first;
 }

@@ -8,15 +8,15 @@
 #include <limits>
 #include <vector>
 
+#include "half.h"
 #include "ops.h"
 
 namespace test {
 
-// float32 kernels are held against double, float64 kernels against long double.
+// float32 kernels and those of 16 bits are held against double, float64 kernels against long
+// double.
 template <class T>
-struct Wider;
-template <>
-struct Wider<float> {
+struct Wider {
   using type = double;
 };
 template <>
@@ -32,7 +32,10 @@ constexpr double kFunctionUlps = 2.5;
 constexpr double kFunctionError = 2 * kFunctionUlps;
 
 // v: the exact value. e: a bound, to first order, on the error of any reasonable evaluation in the
-// tested type, in units of that type's roundoff u = eps / 2.
+// arithmetic of the tested type, in units of its roundoff u = eps / 2. Kernels of 16 bits compute
+// in float32 and owe float32's bound, plus one rounding to 16 bits where a number is stored:
+// `stored` says where that happens on the way, and the comparison adds the last. torch's own path
+// rounds at least as often.
 template <class R>
 struct Num {
   R v = 0;
@@ -47,6 +50,24 @@ Num<R> exact(R value) {
 template <class R>
 Num<R> rounded(R value) {
   return {value, std::fabs(value)};
+}
+// Rounded to the tested type on the way, where that is not the type of its arithmetic. Below the
+// normal range of 16 bits the rounding is one of absolute size.
+template <class T, class R>
+Num<R> stored(Num<R> a) {
+  if constexpr (kIs16Bits<T>) {
+    constexpr R unit = std::numeric_limits<float>::epsilon() / 2;
+    const R size = std::fabs(a.v) + a.e * unit;
+    const R step =
+        std::numeric_limits<T>::epsilon() * size + R(std::numeric_limits<T>::denorm_min());
+    a.e += step / 2 / unit;
+  }
+  return a;
+}
+// A real number that came rounded to the tested type.
+template <class T, class R>
+Num<R> given(R value) {
+  return kIs16Bits<T> ? stored<T>(exact(value)) : rounded(value);
 }
 template <class R>
 Num<R> operator+(Num<R> a, Num<R> b) {
@@ -172,13 +193,13 @@ template <class T>
 double worst_error(const std::vector<T>& got, const std::vector<Num<Wide<T>>>& want,
                    int64_t* where) {
   using R = Wide<T>;
-  constexpr R unit = std::numeric_limits<T>::epsilon() / 2;
+  constexpr R unit = std::numeric_limits<Arithmetic<T>>::epsilon() / 2;
   // Results below the normal range lose their relative precision, or flush to zero.
-  constexpr R tiny = 16 * std::numeric_limits<T>::min();
+  constexpr R tiny = 16 * std::numeric_limits<Arithmetic<T>>::min();
   double worst = 0;
   *where = -1;
   for (size_t i = 0; i < want.size(); ++i) {
-    const R tolerance = R(1.01) * want[i].e * unit + tiny;
+    const R tolerance = R(1.01) * stored<T>(want[i]).e * unit + tiny;
     double ratio = double(std::fabs(R(got[i]) - want[i].v) / tolerance);
     if (!(ratio == ratio)) ratio = std::numeric_limits<double>::infinity();
     if (*where < 0 || ratio > worst) {

@@ -54,8 +54,7 @@ void run(TableRef table) {
 }  // namespace
 
 void test_packing(TableRef table) {
-  run<float>(table);
-  run<double>(table);
+  for_types(table, [&](auto element) { run<decltype(element)>(table); });
 }
 
 }  // namespace test

@@ -103,7 +103,8 @@ void check_encoder(TableRef table, xlmr::DType dtype, bool first_only, bool int8
 
 void test_workspace(TableRef table) {
   void* data = somewhere<void>();
-  for (const xlmr::DType dtype : {xlmr::DType::float32, xlmr::DType::float64}) {
+  for_types(table, [&](auto element) {
+    constexpr xlmr::DType dtype = dtype_of<decltype(element)>();
     for (int64_t parts = 1; parts <= 3; ++parts) {
       xlmr::LinearForward forward{};
       forward.dtype = dtype;
@@ -243,7 +244,7 @@ void test_workspace(TableRef table) {
       args.dweight = args.dbias = data;
       check_op(table.embedding_backward, args, "embedding_backward", {&Args::rows, &Args::hidden});
     }
-  }
+  });
 }
 
 }  // namespace test
