@@ -151,12 +151,12 @@ def op_calls_of(dtype: torch.dtype) -> list[OpCall]:
     for call in op_calls(torch.float32 if dtype in HALF else dtype):
         if dtype in HALF:
             halved = call.mapped(lambda x: x.to(dtype) if x.is_floating_point() else x)
-            call = halved._replace(args=_with_wide_statistics(call, halved.args))
+            call = halved._replace(args=with_wide_statistics(call, halved.args))
         calls.append(call)
     return calls
 
 
-def _with_wide_statistics(call: OpCall, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def with_wide_statistics(call: OpCall, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments with those that are statistics as the call had them."""
     schema = getattr(torch.ops.xlmr_ext, call.op).default._schema
     names = [argument.name for argument in schema.arguments]

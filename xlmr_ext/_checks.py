@@ -20,7 +20,8 @@ ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 LINEAR_ACTIVATIONS = ("none", "tanh")
 FEED_FORWARD_ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 _DTYPES = {torch.float32: 0, torch.float64: 1}
-HALF = (torch.float16, torch.bfloat16)
+_HALF_DTYPES = {torch.bfloat16: 2, torch.float16: 3}  # of CUDA's kernels, wherever they run
+HALF = tuple(_HALF_DTYPES)
 CPU = torch.device("cpu")
 
 
@@ -49,6 +50,8 @@ def dtype_code(op: str, name: str, t: Tensor) -> int:
         return codes[t.dtype]
     check_on_cpu(op, name, t)
     code = _DTYPES.get(t.dtype)
+    if code is None and t.dtype in HALF and _is_emulating_cuda():
+        code = _HALF_DTYPES[t.dtype]
     if code is None:
         hint = (
             "; call .float() on the model, or wrap the call in torch.autocast"
@@ -59,6 +62,12 @@ def dtype_code(op: str, name: str, t: Tensor) -> int:
             f"{op}: {name} is {t.dtype}; the CPU kernels compute in float32 and float64{hint}"
         )
     return code
+
+
+def _is_emulating_cuda() -> bool:
+    from xlmr_ext import _C
+
+    return _C.table_name() == "simt"
 
 
 def check_floating(op: str, name: str, t: Tensor) -> None:

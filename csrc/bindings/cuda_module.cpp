@@ -94,6 +94,8 @@ PYBIND11_MODULE(_cuda, m) {
   py::dict dtypes;
   dtypes["float32"] = static_cast<int>(xlmr::DType::float32);
   dtypes["float64"] = static_cast<int>(xlmr::DType::float64);
+  dtypes["bfloat16"] = static_cast<int>(xlmr::DType::bfloat16);
+  dtypes["float16"] = static_cast<int>(xlmr::DType::float16);
   m.attr("dtypes") = dtypes;
   // As CMake has them: 90-real is machine code for devices 9.x, 90-virtual is PTX for 9.0 and
   // newer.
