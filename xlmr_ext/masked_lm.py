@@ -135,8 +135,9 @@ class XLMRobertaForMaskedLM(PreTrainedModel):
         """The mean over the labels that count, or their sum divided by ``num_items``."""
         targets = check_classes(labels, states.shape[:-1], self.config.vocab_size, states.device)
         places = counted(targets)
-        rows = states.reshape(-1, states.shape[-1]).index_select(0, places)
-        targets = targets.index_select(0, places)
+        rows = states.reshape(-1, states.shape[-1])
+        if places.shape[0] != targets.shape[0]:  # a copy of all rows would only take memory
+            rows, targets = rows.index_select(0, places), targets.index_select(0, places)
         head = self.lm_head
         decoder = getattr(head, "decoder", None)
         if (
