@@ -58,7 +58,7 @@ def test_max_length_is_the_tasks_or_the_models() -> None:
     model: Any = StubClassifier()  # takes 32 tokens
     task = registry.make_task("classification", model, StubTokenizer())  # type: ignore[arg-type]
     assert task.max_length == 32
-    model.config.max_position_embeddings = 514
+    model.config.longest_input = 512
     task = registry.make_task("classification", model, StubTokenizer())  # type: ignore[arg-type]
     assert task.max_length == 128
     with pytest.raises(ValueError, match=r"from 3 to 512, .* got 600"):

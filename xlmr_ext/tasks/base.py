@@ -103,6 +103,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     labels: list[str]
+    weighting: LabelWeighting | None = None
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: XLMRobertaTokenizer, *, max_length: int
@@ -111,7 +112,6 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.max_length = check_max_length(model, max_length)
         self.labels = []
-        self.weighting: LabelWeighting | None = None
 
     def load(self, given: Any, name: str) -> Any:
         """The data of ``finetune``'s argument ``name``: a path is read by the task's reader.
