@@ -7,6 +7,7 @@ being that of its operators in the same half precision (``fallback.py``).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,34 @@ from xlmr_ext import (
     XLMRobertaForSequenceClassification,
     XLMRobertaTokenizer,
     _launch,
+    cuda_support,
     fallback,
 )
 
 EMULATED = "simt" in _launch.isas()
+
 kinds = pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
-places = pytest.mark.parametrize(
-    ("isa", "device"),
-    [
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("simt", marks=pytest.mark.skipif(not EMULATED, reason="built without simt")),
         pytest.param(
-            "simt", "cpu", marks=pytest.mark.skipif(not EMULATED, reason="built without simt")
-        ),
-        pytest.param(
-            "cuda",
             "cuda",
             marks=pytest.mark.skipif(no_cuda_kernels() is not None, reason=str(no_cuda_kernels())),
         ),
-    ],
-    indirect=["isa"],
+    ]
 )
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device of tensors that the CUDA kernels compute with."""
+    if request.param == "cuda":
+        monkeypatch.setattr(cuda_support, "gemm", "native")
+        yield "cuda"
+        return
+    before = _launch.build_info()["table"]
+    _launch.set_isa("simt")
+    yield "cpu"
+    _launch.set_isa(before)
 
 
 def halved(call: OpCall, kind: torch.dtype) -> OpCall:
@@ -50,16 +60,15 @@ def halved(call: OpCall, kind: torch.dtype) -> OpCall:
     return half._replace(args=with_wide_statistics(call, half.args))
 
 
-@places
 @kinds
 @pytest.mark.parametrize(
     "sizes",
     [{}, {"lengths": (3, 0, 70, 6), "heads": 2, "head_size": 64, "inner": 96}],
     ids=["small", "tiles"],
 )
-def test_ops(isa: str, device: str, kind: torch.dtype, sizes: dict[str, Any]) -> None:
+def test_ops(place: str, kind: torch.dtype, sizes: dict[str, Any]) -> None:
     def placed(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.int64 and x.shape == (1,) else x.to(device)  # not the seed
+        return x if x.dtype == torch.int64 and x.shape == (1,) else x.to(place)  # not the seed
 
     seen = set()
     for call in op_calls(torch.float32, **sizes):
@@ -98,22 +107,21 @@ def classifier(**more: Any) -> XLMRobertaForSequenceClassification:
     return XLMRobertaForSequenceClassification(XLMRobertaConfig(**{**settings, **more}))
 
 
-@places
 @kinds
-def test_a_step_of_a_model(isa: str, device: str, kind: torch.dtype) -> None:
-    """Forward, backward and AdamW, dropout on, a row all masked: near float64's with the same
+def test_a_step_of_a_model(place: str, kind: torch.dtype) -> None:
+    """Forward, backward and an update, dropout on, a row all masked: near float64's with the same
     masks."""
     ids = torch.randint(2, 61, (4, 9))
     mask = torch.ones_like(ids)
     mask[1, 4:], mask[2] = 0, 0
     found = []
-    for dtype, place in ((torch.float64, "cpu"), (kind, device)):
+    for dtype, device in ((torch.float64, "cpu"), (kind, place)):
         # Weights that 16 bits hold.
-        model = classifier(classifier_dropout=0.0).to(kind).to(dtype).to(place)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model = classifier(classifier_dropout=0.0).to(kind).to(dtype).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)  # AdamW: 1e-8 is 0 in 16 bits
         torch.manual_seed(1)
-        labels = torch.tensor([0, 1, 2, 0], device=place)
-        out = model(ids.to(place), mask.to(place), labels=labels, output_hidden_states=True)
+        labels = torch.tensor([0, 1, 2, 0], device=device)
+        out = model(ids.to(device), mask.to(device), labels=labels, output_hidden_states=True)
         assert out.logits.dtype == dtype
         assert not out.hidden_states[-1][2].any()
         out.loss.backward()
@@ -122,21 +130,21 @@ def test_a_step_of_a_model(isa: str, device: str, kind: torch.dtype) -> None:
         for parameter in model.parameters():
             assert parameter.isfinite().all()
     (wanted, wanted_grads), (got, grads) = found
-    assert near(got, wanted) < 6 * torch.finfo(kind).eps
+    eps = torch.finfo(kind).eps
+    assert distance(got, wanted) < 6 * eps * wanted.norm()
+    # A key's bias moves no softmax: its gradient is 0 but for rounding.
+    whole = torch.cat([grad.flatten() for grad in wanted_grads]).norm()
     for one, other in zip(grads, wanted_grads, strict=True):
-        assert near(one, other) < 24 * torch.finfo(kind).eps
+        assert distance(one, other) < 12 * eps * max(other.norm(), 0.01 * whole)
 
 
-def near(got: Tensor, wanted: Tensor) -> float:
-    """The distance of two tensors by the length of the second."""
-    length = wanted.norm().item()
-    return (got.double().cpu() - wanted).norm().item() / length if length else 0.0
+def distance(got: Tensor, wanted: Tensor) -> Tensor:
+    return (got.double().cpu() - wanted).norm()
 
 
 @pytest.mark.slow
-@places
 @kinds
-def test_real_weights_and_texts_stay_finite(isa: str, device: str, kind: torch.dtype) -> None:
+def test_real_weights_and_texts_stay_finite(place: str, kind: torch.dtype) -> None:
     if "XLMR_EXT_DATA" not in os.environ:
         pytest.skip("XLMR_EXT_DATA is not set")
     weights = pytest.importorskip("xlmr_ext.demo.weights")
@@ -144,15 +152,15 @@ def test_real_weights_and_texts_stay_finite(isa: str, device: str, kind: torch.d
     folder = Path(os.environ["XLMR_EXT_DATA"]) / "sib200"
     texts = [
         line.split("\t")[2]
-        for language in sorted(folder.iterdir())[:4]
+        for language in sorted(path.parent for path in folder.glob("*/test.tsv"))[:4]
         for line in (language / "test.tsv").read_text("utf-8").split("\n")[1:6]
     ]
     assert len(texts) == 20
     tokenizer = XLMRobertaTokenizer.from_pretrained(checkpoint)
-    batch = PackedBatch.from_sequences(tokenizer(texts)["input_ids"], device=device)
+    batch = PackedBatch.from_sequences(tokenizer(texts)["input_ids"], device=place)
     model = XLMRobertaForSequenceClassification.from_pretrained(checkpoint, num_labels=7)
-    model = model.to(kind).to(device).train()
-    out = model(packed=batch, labels=torch.arange(20, device=device) % 7, output_hidden_states=True)
+    model = model.to(kind).to(place).train()
+    out = model(packed=batch, labels=torch.arange(20, device=place) % 7, output_hidden_states=True)
     assert all(state.isfinite().all() for state in out.hidden_states)
     assert out.loss.isfinite()
     out.loss.backward()
