@@ -369,7 +369,7 @@ def test_losses_of_training(
         )
         with torch.no_grad(), narrow.installed():
             loss = job.loss(model, batch, [features.targets[example] for example in examples])
-            narrow.step(0.1)
+            narrow.step(torch.optim.SGD([narrow.weight], lr=0.1, weight_decay=1.0))
         losses.append(float(loss))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert cuda.used

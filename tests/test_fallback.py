@@ -345,12 +345,12 @@ def test_masks_follow_from_seed_and_site() -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "embedding padding"])
 def test_gradcheck(name: str, restore_threads: None) -> None:
-    test_autograd.test_gradcheck("", name, restore_threads)
+    test_autograd.test_gradcheck("", "cpu", name, restore_threads)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck_of_an_empty_batch(name: str) -> None:
-    test_autograd.test_gradcheck_of_an_empty_batch("", name)
+    test_autograd.test_gradcheck_of_an_empty_batch("", "cpu", name)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "dropout" not in name])
