@@ -82,7 +82,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true",
                         help="two cases, fewer turns: a first look in half the time")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true",
-                        help="on the CPU, a tiny model, no build; no result")  # fmt: skip
+                        help="the same without a build, on the CPU with a tiny model: numbers "
+                        "that mean nothing")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=7.5,
                         help="for all; what finds no time is named; default 7.5")  # fmt: skip
     parser.add_argument("--cases", nargs="+", metavar="CASE",
@@ -91,7 +92,7 @@ def parsed() -> argparse.Namespace:
                         help=f"default {' '.join(OF_KERNELS)}")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE",
                         choices=("float64", "float32", "float16", "bfloat16"),
-                        help="default float32 float16 bfloat16; rehearsed, float32")  # fmt: skip
+                        help="default float32 float16 bfloat16; rehearsed float32")  # fmt: skip
     for size in ("layers", "hidden", "heads", "inner", "vocabulary"):
         default = getattr(Shape, size)
         parser.add_argument(f"--{size}", type=int, help=f"default {default}")
@@ -132,7 +133,8 @@ def check(arguments: argparse.Namespace, folder: Path, results: dict[str, Any]) 
     site: Path | None = None
 
     def left(share: float) -> float:
-        return max(share * (until - time.monotonic()), 0.0)
+        rest: float = until - time.monotonic()
+        return max(share * rest, 0.0)
 
     def section(name: str, work: Callable[[], dict[str, Any]]) -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -155,9 +157,9 @@ def check(arguments: argparse.Namespace, folder: Path, results: dict[str, Any]) 
 
     if "tests" not in arguments.skip:
         # A rehearsal shows that tests are run and counted, by some that need no GPU.
-        files, keyword = suite.FILES, suite.ON_GPU
+        files, keyword = [*suite.FILES], suite.ON_GPU
         if arguments.rehearse:
-            files, keyword = ("test_cuda_kernels",), "what_runs_on_what"
+            files, keyword = ["test_cuda_kernels"], "what_runs_on_what"
         section("tests", lambda: suite.run_tests(files, keyword, folder, environment, left(0.5)))
 
     shares = {"speed": 0.75, "kernels": 1.0} if "kernels" not in arguments.skip else {"speed": 1.0}

@@ -1,4 +1,4 @@
-"""compare.py, roofline.py and gpu_check.py of benchmarks/: what they compute, and a run of each on a
+"""compare.py, roofline.py and gpu_check.py of benchmarks: what they compute, and a run of each on a
 tiny model."""
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class CudaClock(Clock):
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3 / repeats
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         torch.cuda.synchronize()

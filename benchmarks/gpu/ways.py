@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,9 +25,9 @@ def computed_by(way: str) -> Iterator[None]:
     """Within, CUDA tensors are computed in this way. Ways of other libraries change nothing."""
     from xlmr_ext import cuda_support, fallback
 
-    before = cuda_support.gemm, cuda_support.refusal, fallback.say_once
+    before: Any = cuda_support.gemm, cuda_support.refusal, fallback.say_once
     if way == FALLBACK:
-        cuda_support.refusal = lambda device, dtype: "the fallback is measured"  # type: ignore
+        cuda_support.refusal = lambda *_: "it is the fallback's turn"  # type: ignore[assignment]
         fallback.say_once = lambda reason: None
     elif way in WAYS:
         cuda_support.gemm = way
