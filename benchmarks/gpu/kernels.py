@@ -23,7 +23,7 @@ _PRODUCTS = ("query, key, value", "attention's output", "feed-forward")
 
 
 def run(plan: dict[str, Any], clock: Clock, progress: Progress) -> None:
-    """A plan: dtype, shape, cases, ways (of ``WAYS``), rounds, seconds, and turn: least seconds."""
+    """A plan: dtype, shape, cases, ways (``WAYS``), rounds, seconds, turn: least seconds."""
     dtype, shape = getattr(torch, plan["dtype"]), Shape(**plan["shape"])
     found = progress.found
     found.update(absent={}, failed={}, cases={}, left_out=[])

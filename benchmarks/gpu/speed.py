@@ -32,7 +32,7 @@ _LOSS_SCALE = 1024.0
 
 
 def run(plan: dict[str, Any], clock: Clock, progress: Progress) -> None:
-    """A plan: dtype, shape, cases, ways (``LIBRARIES``), rounds, seconds, and turn: least seconds."""
+    """A plan: dtype, shape, cases, ways (``LIBRARIES``), rounds, seconds, turn: least seconds."""
     dtype, shape = getattr(torch, plan["dtype"]), Shape(**plan["shape"])
     found = progress.found
     found.update(absent={}, cases={}, left_out=[])

@@ -28,7 +28,7 @@ def computed_by(way: str) -> Iterator[None]:
     before: Any = cuda_support.gemm, cuda_support.refusal, fallback.say_once
     if way == FALLBACK:
         cuda_support.refusal = lambda *_: "it is the fallback's turn"  # type: ignore[assignment]
-        fallback.say_once = lambda reason: None
+        fallback.say_once = lambda reason: None  # type: ignore[assignment]
     elif way in WAYS:
         cuda_support.gemm = way
     try:
