@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu import limited
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,16 +28,13 @@ def build(site: Path, scratch: Path, capability: str, seconds: float) -> dict[st
         raise RuntimeError("no nvcc on PATH, in $CUDACXX or under /usr/local/cuda")
     architecture = f"{capability.replace('.', '')}-real"
     began = time.monotonic()
+    log, variables = scratch / "build.log", {**os.environ, "CUDACXX": compiler}
     try:
-        done = subprocess.run(
-            command(site, scratch, architecture), capture_output=True, text=True, timeout=seconds,
-            env={**os.environ, "CUDACXX": compiler},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"the build took more than {seconds:.0f} s") from None
-    if done.returncode:
-        end = (done.stdout + done.stderr).strip().splitlines()[-30:]
-        raise RuntimeError("the build failed:\n" + "\n".join(end))
+        code = limited.run(command(site, scratch, architecture), log, seconds, variables, scratch)
+    except limited.OverdueError as error:
+        raise RuntimeError(f"{error}:\n{limited.end_of(log, 5)}") from None
+    if code:
+        raise RuntimeError(f"pip ended with exit status {code}:\n{limited.end_of(log, 30)}")
     if not list((site / "xlmr_ext").glob("_cuda*.so")):
         raise RuntimeError("the build made no module _cuda")
     return {

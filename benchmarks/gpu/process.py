@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+from gpu import limited
 
 # What a process may take beyond its time: to start, to end the case that it is in.
 GRACE = 60.0
@@ -93,17 +94,13 @@ def _once(
         file.unlink(missing_ok=True)
     files["plan"].write_text(json.dumps(plan))
     command = [sys.executable, "-m", "gpu.process", str(files["plan"]), str(files["result"])]
-    ended = None
+    ended, log = None, folder / "result.log"
     try:
-        done = subprocess.run(
-            command, env=dict(environment), cwd=folder, capture_output=True, text=True,
-            timeout=plan["seconds"] + GRACE,
-        )  # fmt: skip
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            ended = f"exit status {done.returncode} ({last})"
-    except subprocess.TimeoutExpired:
-        ended = f"no end after {plan['seconds'] + GRACE:.0f} s"
+        code = limited.run(command, log, plan["seconds"] + GRACE, environment, folder)
+        if code:
+            ended = f"exit status {code} ({limited.end_of(log, 1) or 'no message'})"
+    except limited.OverdueError as error:
+        ended = str(error)
     read = {
         name: json.loads(file.read_text()) if file.exists() else {} for name, file in files.items()
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu import limited
 from gpu.build import ROOT
 
 FILES = (
@@ -39,19 +39,15 @@ def run_tests(
     variables = dict(environment)
     variables.pop("XLMR_EXT_ISA", None)  # it would hold the tests to one table, a GPU left out
     began = time.monotonic()
-    with log.open("w") as output:
-        try:
-            code = subprocess.run(
-                command, cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT,
-                timeout=seconds,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"no end after {seconds:.0f} s{_end(log)}") from None
+    try:
+        code = limited.run(command, log, seconds, variables, folder)
+    except limited.OverdueError as error:
+        raise RuntimeError(f"{error}:\n{limited.end_of(log, 5)}") from None
     if not report.exists() or code not in (0, 1):  # 1: a test failed
-        raise RuntimeError(f"pytest ended with exit status {code}{_end(log)}")
+        raise RuntimeError(f"pytest ended with exit status {code}:\n{limited.end_of(log, 10)}")
     found = {"seconds": time.monotonic() - began, "exit_status": code, **counted(report)}
     if not found["passed"] and not found["failures"]:
-        raise RuntimeError(f"no test ran: {found['skipped']} were skipped{_end(log)}")
+        raise RuntimeError(f"no test ran, {found['skipped']} were skipped")
     return found
 
 
@@ -69,11 +65,6 @@ def counted(report: Path) -> dict[str, Any]:
         else:
             passed += 1
     return {"passed": passed, "skipped": skipped, "failed": len(failures), "failures": failures}
-
-
-def _end(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()[-10:]
-    return ":\n" + "\n".join(lines) if lines else ""
 
 
 def environment(site: Path | None) -> dict[str, str]:
