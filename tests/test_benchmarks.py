@@ -306,6 +306,49 @@ def test_a_kernel_that_ends_its_process(tmp_path: Path, monkeypatch: pytest.Monk
     }  # fmt: skip
 
 
+def test_gpu_check_compares_before_it_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from dataclasses import asdict
+
+    import torch
+    from gpu import speed
+    from gpu.clock import WallClock
+    from gpu.process import Progress
+    from peers.cases import Shape
+
+    from xlmr_ext import cuda_support
+    from xlmr_ext.heads import XLMRobertaForSequenceClassification as Ours
+
+    right = Ours.forward
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        """Wrong by the kernels' own products, without memory by torch's alone."""
+        out = right(self, *args, **options)
+        if cuda_support.gemm == "native":
+            out["logits"] = out.logits.flip(1)
+        if cuda_support.refusal(0, torch.float32) == "it is the fallback's turn":
+            raise torch.OutOfMemoryError
+        return out
+
+    monkeypatch.setattr(Ours, "forward", forward)
+    monkeypatch.setattr(cuda_support, "gemm", "torch")
+    plan = {
+        "dtype": "float32", "shape": asdict(Shape(2, 32, 2, 48, 50)), "cases": ["2x8"], "rounds": 2,
+        "ways": list(speed.LIBRARIES), "seconds": 60.0, "turn": 0.0,
+    }  # fmt: skip
+    progress = Progress(tmp_path / "result.json")
+    speed.run(plan, WallClock(), progress)
+    found = json.loads(progress.path.read_text())["cases"]["2x8"]["forward"]
+    assert {name for name, result in found.items() if "milliseconds" in result} == {
+        "transformers sdpa", "xlmr_ext torch"
+    }  # fmt: skip
+    assert found["xlmr_ext native"]["failed"].startswith("its cosine with transformers sdpa is ")
+    assert found["xlmr_ext fallback"]["absent"] == "out of memory"
+    assert found["xlmr_ext torch"]["faster"][1] > 0
+
+
 def test_time_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of a device, in its order; the device itself is not there."""
     import torch

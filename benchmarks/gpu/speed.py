@@ -149,6 +149,8 @@ def measure(
             clock.check()
         finally:
             model.zero_grad(set_to_none=True)
+    for model in models.values():
+        model.train(kind == "training")  # the comparison may have ended without dropout
     turns = in_turn(calls, clock, plan["rounds"], plan["turn"], until)
     for name, taken in turns.items():
         found[name].update(milliseconds=quartiles([1e3 * x for x in taken]), turns=taken)
