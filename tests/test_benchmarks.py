@@ -278,12 +278,12 @@ def test_a_section_of_gpu_check_that_fails(
     assert "out of range" in said
 
 
-def test_a_kernel_that_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_ends_its_process(tmp_path: Path) -> None:
     """Another process measures the rest, and the findings say where the first one ended."""
     from gpu import process
 
     (tmp_path / "section.py").write_text(
-        "import os, time\n"
+        "import os\n"
         "def run(plan, clock, progress):\n"
         "    for way in plan['ways']:\n"
         "        progress.running(way, '8x128 forward')\n"
@@ -304,6 +304,30 @@ def test_a_kernel_that_ends_its_process(tmp_path: Path, monkeypatch: pytest.Monk
     assert found == {
         "c": "cpu", "died": {"c": "exit status 1 (ValueError: lost) in 8x128 forward"}
     }  # fmt: skip
+
+
+def test_a_program_that_hangs(tmp_path: Path) -> None:
+    """It is killed, and so is what it started."""
+    from gpu import limited
+
+    sign, child, log = (tmp_path / name for name in ("sign", "child", "log"))
+    program = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(child)!r}, 'w').write(str(child.pid))\n"
+        "for _ in range(int(sys.argv[1])):\n"
+        f"    open({str(sign)!r}, 'w').write('alive')\n"
+        "    time.sleep(0.2)\n"
+        "time.sleep(600)\n"
+    )
+    for signs, seconds, sentence in (("0", 60, "no sign of life for 2 s"),
+                                     ("600", 4, "no end after 4 s")):  # fmt: skip
+        command = [sys.executable, "-c", program, signs]
+        with pytest.raises(limited.OverdueError, match=f"^{sentence}$"):
+            limited.run(command, log, seconds, os.environ, tmp_path, sign, 2.0)
+        state = Path(f"/proc/{child.read_text()}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+        child.unlink()
 
 
 def test_gpu_check_compares_before_it_times(

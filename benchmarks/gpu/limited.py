@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,13 +17,18 @@ class OverdueError(Exception):
 
 def run(
     command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str],
-    folder: Path,
+    folder: Path, sign: Path | None = None, silence: float = 0.0,
 ) -> int:  # fmt: skip
     """Its exit status; what it prints is in ``log``.
 
+    Args:
+        sign: a file that the program writes again and again, at least every ``silence`` seconds.
+
     Raises:
-        OverdueError: it took longer.
+        OverdueError: it took longer, or gave no sign.
     """
+    end = time.monotonic() + seconds
+    last, seen = time.monotonic(), 0
     with (
         log.open("w") as output,
         subprocess.Popen(
@@ -30,11 +37,21 @@ def run(
         ) as process,
     ):  # fmt: skip
         try:
-            return process.wait(seconds)
-        except BaseException as error:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(0.5, max(end - time.monotonic(), 0.0)))
+                now = time.monotonic()
+                if now >= end:
+                    raise OverdueError(f"no end after {seconds:.0f} s")
+                if sign is None:
+                    continue
+                written = sign.stat().st_mtime_ns if sign.exists() else 0
+                if written != seen:
+                    last, seen = now, written
+                elif now - last > silence:
+                    raise OverdueError(f"no sign of life for {silence:.0f} s")
+        except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise OverdueError(f"no end after {seconds:.0f} s") from None
             raise
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from gpu import limited
 
-# What a process may take beyond its time: to start, to end the case that it is in.
-GRACE = 60.0
+# What a process may take beyond its time, to start and to end the case that it is in; and for one
+# turn, the first of a kind included.
+GRACE, SILENCE = 60.0, 45.0
 
 
 class Progress:
@@ -96,7 +97,8 @@ def _once(
     command = [sys.executable, "-m", "gpu.process", str(files["plan"]), str(files["result"])]
     ended, log = None, folder / "result.log"
     try:
-        code = limited.run(command, log, plan["seconds"] + GRACE, environment, folder)
+        limit = plan["seconds"] + GRACE
+        code = limited.run(command, log, limit, environment, folder, files["now"], SILENCE)
         if code:
             ended = f"exit status {code} ({limited.end_of(log, 1) or 'no message'})"
     except limited.OverdueError as error:
