@@ -70,9 +70,7 @@ def run(plan: dict[str, Any], clock: Clock, progress: Progress) -> None:
         progress.write()
 
 
-def works_of(
-    shape: Shape, case: str, dtype: torch.dtype, clock: Clock
-) -> list[roofline.Work]:  # fmt: skip
+def works_of(shape: Shape, case: str, dtype: torch.dtype, clock: Clock) -> list[roofline.Work]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -86,9 +86,7 @@ def measured(
     return {**found, "died": died}
 
 
-def _once(
-    plan: dict[str, Any], folder: Path, environment: Mapping[str, str]
-) -> dict[str, Any]:  # fmt: skip
+def _once(plan: dict[str, Any], folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     files = {name: folder / f"{name}.json" for name in ("plan", "result")}
     files["now"] = folder / "result.now"
     for file in files.values():
