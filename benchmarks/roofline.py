@@ -129,11 +129,12 @@ def peak_of(peaks: dict[str, float], kind: str, table: str, threads: int) -> flo
 
 
 def works(shape: Shape, lengths: list[int], backward: bool) -> list[Work]:
-    """The functions of a pass over sequences of these lengths."""
+    """A pass's functions over sequences of these lengths, in torch's default type and device."""
     import torch
 
     from xlmr_ext import ops
 
+    size = torch.get_default_dtype().itemsize
     n, h, inner, heads = sum(lengths), shape.hidden, shape.inner, shape.heads
     squares = sum(length * length for length in lengths)
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
@@ -167,14 +168,14 @@ def works(shape: Shape, lengths: list[int], backward: bool) -> list[Work]:
             ids, None, positions, None, word, position, kind, gain, shift, 1e-5, 0.0, 0, None
         )  # fmt: skip
 
-    layers, projection, row = shape.layers, 2.0 * n * h * h, FLOAT * n * h
+    layers, projection, row = shape.layers, 2.0 * n * h * h, size * n * h
     found = [
-        Work("query, key, value", layers, 3 * projection, 4 * row + 3 * FLOAT * h * h,
+        Work("query, key, value", layers, 3 * projection, 4 * row + 3 * size * h * h,
              lambda: ops.linear_forward(x, parts, biases, None, "none")),
         Work("attention", layers, 4.0 * squares * h, 4 * row, attention),
-        Work("attention's output", layers, projection, 2 * row + FLOAT * h * h,
+        Work("attention's output", layers, projection, 2 * row + size * h * h,
              lambda: ops.linear_forward(x, parts[:1], biases[:1], None, "none")),
-        Work("feed-forward", layers, 4.0 * n * h * inner, 2 * row + 2 * FLOAT * h * inner,
+        Work("feed-forward", layers, 4.0 * n * h * inner, 2 * row + 2 * size * h * inner,
              feed_forward),
         Work("residual + LayerNorm", 2 * layers, 0, 3 * row, norm),
         Work("embedding", 1, 0, 3 * row, embedding),
@@ -189,15 +190,15 @@ def works(shape: Shape, lengths: list[int], backward: bool) -> list[Work]:
     both = 2 * projection
     return [
         *found,
-        Work("query, key, value'", layers, 3 * both, 5 * row + 6 * FLOAT * h * h,
+        Work("query, key, value'", layers, 3 * both, 5 * row + 6 * size * h * h,
              lambda: ops.linear_backward(grads, x, parts, None, "none", True, True, True)),
         Work("attention'", layers, 10.0 * squares * h, 8 * row,
              lambda: ops.attention_backward(grads[0], query, key, value, out, lse, cu, longest,
                                             heads, scale, 0.0, 0, None)),
-        Work("attention's output'", layers, both, 3 * row + 2 * FLOAT * h * h,
+        Work("attention's output'", layers, both, 3 * row + 2 * size * h * h,
              lambda: ops.linear_backward(grads[:1], x, parts[:1], None, "none", True, True, True)),
         Work("feed-forward'", layers, 8.0 * n * h * inner,
-             3 * row + FLOAT * n * inner + 4 * FLOAT * h * inner,
+             3 * row + size * n * inner + 4 * size * h * inner,
              lambda: ops.feed_forward_backward(grads[0], x, up, down, pre, "gelu", True, True, True,
                                                True, True, False)),
         Work("residual + LayerNorm'", 2 * layers, 0, 3 * row,

@@ -1,4 +1,5 @@
-"""benchmarks/compare.py and roofline.py: what they compute, and a run of each on a tiny model."""
+"""compare.py, roofline.py and gpu_check.py of benchmarks: what they compute, and a run of each on a
+tiny model."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--layers", "2", "--hidden", "32", "--heads", "2", "--inner", "48", "--vocabulary", "50"]
+WAYS = ("native", "torch", "fallback")
 QUICK = ["--rounds", "2", "--seconds", "0.001", "--tries", "1", "--threads", "1"]
 
 
@@ -30,16 +32,18 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["compare.py", "roofline.py"])
+@pytest.mark.parametrize("script", ["compare.py", "roofline.py", "gpu_check.py"])
 def test_help(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
-    assert "--threads" in done.stdout
+    assert "--rounds" in done.stdout or "--minutes" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["compare.py", "roofline.py"])
-def test_a_case_that_does_not_exist(script: str) -> None:
-    done = run(script, "8x9000")
+@pytest.mark.parametrize(
+    "command", [("compare.py",), ("roofline.py",), ("gpu_check.py", "--cases")]
+)
+def test_a_case_that_does_not_exist(command: tuple[str, ...]) -> None:
+    done = run(*command, "8x9000")
     assert done.returncode == 2
     assert "case '8x9000'" in done.stderr
 
@@ -53,6 +57,8 @@ def test_cases() -> None:
     mixed, uniform = lengths_of("mixed"), lengths_of("6x340")
     assert sum(mixed) == sum(uniform)
     assert sum(n * n for n in mixed) == sum(n * n for n in uniform)
+    longer = lengths_of("ragged128")
+    assert (len(longer), sum(longer), min(longer), max(longer)) == (128, 6737, 5, 128)
     batch = batch_of("ragged", 50)
     assert batch.input_ids.shape == batch.attention_mask.shape == (32, 55)
     np.testing.assert_array_equal(batch.attention_mask.sum(1), batch.lengths)
@@ -185,3 +191,238 @@ def test_the_peaks_compile() -> None:
         [*command, str(FOLDER / "roofline.cpp")], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- gpu_check.py --------------------------------------------------------------------------------
+
+
+def test_gpu_check_rehearsed(tmp_path: Path) -> None:
+    """All of it but the build, and what a GPU is asked, on the CPU."""
+    pytest.importorskip("transformers")
+    file = tmp_path / "found" / "check.json"
+    done = run("gpu_check.py", "--rehearse", "--output", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(file.read_text())
+    assert results["rehearsal"] is True
+    assert {"device", "machine", "versions", "settings", "shape"} <= set(results)
+    sections = results["sections"]
+    assert [*sections] == ["package", "tests", "speed", "kernels"]
+    assert {section["status"] for section in sections.values()} == {"passed"}
+    assert sections["tests"]["passed"] > 1
+    speed = sections["speed"]["dtypes"]["float32"]
+    assert [*speed["absent"]] == ["transformers flash_attention_2"]
+    libraries = {"transformers sdpa", *(f"xlmr_ext {way}" for way in WAYS)}
+    for kind in ("forward", "training"):
+        found = speed["cases"]["2x8"][kind]
+        assert set(found) == libraries
+        for library, result in found.items():
+            assert result["cosine"] > 0.9999, library
+            assert 0 < result["milliseconds"][0] <= result["milliseconds"][2]
+            assert result["megabytes"] is None
+    kernels = sections["kernels"]["dtypes"]["float32"]
+    assert kernels["peaks"]["flops"] > 0
+    ops = {(op["way"], op["op"]): op for op in kernels["cases"]["2x8"]["ops"]}
+    names = {name for way, name in ops if way == "native"}
+    assert {"attention", "attention'", "embedding'", "feed-forward'"} <= names
+    assert names == {name for way, name in ops if way == "fallback"}
+    assert {name for way, name in ops if way == "torch"} == {
+        f"{name}{end}" for name in ("query, key, value", "attention's output", "feed-forward")
+        for end in ("", "'")
+    }  # fmt: skip
+    for op in ops.values():
+        assert op["microseconds"][1] > 0
+        assert op["of_roof"] == pytest.approx(max(op["of_peak"], op["of_bandwidth"]))
+        assert op["of_roof"] > 0
+    for line in ("xlmr_ext native", "transformers sdpa", "measured peaks", "feed-forward'"):
+        assert line in done.stdout
+
+
+def test_gpu_check_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run("gpu_check.py", "--output", str(tmp_path / "check.json"))
+    assert done.returncode == 1
+    assert done.stderr == (
+        "gpu_check.py: torch finds no GPU here; --rehearse runs the same on the CPU.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_section_of_gpu_check_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are run and kept; what failed is said, and the exit status is 1."""
+    import gpu_check
+    from gpu import suite
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("pytest ended with exit status 4")
+
+    def partly(name: str, *arguments: Any) -> dict[str, Any]:
+        case = {"forward": {"xlmr_ext native": {"failed": "out of range"}}}
+        found = {"float32": {"cases": {"8x128": {"tokens": 1024, **case}}, "died": {}}}
+        return {"dtypes": found if name == "speed" else {"float32": {"cases": {}}}}
+
+    file = tmp_path / "check.json"
+    monkeypatch.setattr(suite, "run_tests", broken)
+    monkeypatch.setattr(gpu_check, "by_dtype", partly)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse", "--output", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 1
+    sections = json.loads(file.read_text())["sections"]
+    assert {name: section["status"] for name, section in sections.items()} == {
+        "package": "passed", "tests": "failed", "speed": "failed", "kernels": "passed"
+    }  # fmt: skip
+    said = capsys.readouterr().out
+    assert "pytest ended with exit status 4" in said
+    assert "out of range" in said
+
+
+def test_a_kernel_that_ends_its_process(tmp_path: Path) -> None:
+    """Another process measures the rest, and the findings say where the first one ended."""
+    from gpu import process
+
+    (tmp_path / "section.py").write_text(
+        "import os\n"
+        "def run(plan, clock, progress):\n"
+        "    for way in plan['ways']:\n"
+        "        progress.running(way, '8x128 forward')\n"
+        "        if way == 'crashes':\n"
+        "            os.abort()\n"
+        "        progress.found[way] = clock.device\n"
+        "        progress.write()\n"
+        "    if plan['ways'] == ['c']:\n"
+        "        raise ValueError('lost')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(FOLDER)])}
+    plan = {"section": "section", "device": "cpu", "ways": ["a", "crashes", "b"]}
+    found = process.measured(plan, tmp_path, environment, 60)
+    died = found.pop("died")
+    assert found == {"a": "cpu", "b": "cpu"}
+    assert died == {"crashes": "exit status -6 (no message) in 8x128 forward"}
+    found = process.measured({**plan, "ways": ["c"]}, tmp_path, environment, 60)
+    assert found == {
+        "c": "cpu", "died": {"c": "exit status 1 (ValueError: lost) in 8x128 forward"}
+    }  # fmt: skip
+
+
+def test_a_program_that_hangs(tmp_path: Path) -> None:
+    """It is killed, and so is what it started."""
+    from gpu import limited
+
+    sign, child, log = (tmp_path / name for name in ("sign", "child", "log"))
+    program = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(child)!r}, 'w').write(str(child.pid))\n"
+        "for _ in range(int(sys.argv[1])):\n"
+        f"    open({str(sign)!r}, 'w').write('alive')\n"
+        "    time.sleep(0.2)\n"
+        "time.sleep(600)\n"
+    )
+    for signs, seconds, sentence in (("0", 60, "no sign of life for 2 s"),
+                                     ("600", 4, "no end after 4 s")):  # fmt: skip
+        command = [sys.executable, "-c", program, signs]
+        with pytest.raises(limited.OverdueError, match=f"^{sentence}$"):
+            limited.run(command, log, seconds, os.environ, tmp_path, sign, 2.0)
+        state = Path(f"/proc/{child.read_text()}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+        child.unlink()
+
+
+def test_gpu_check_compares_before_it_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from dataclasses import asdict
+
+    import torch
+    from gpu import speed
+    from gpu.clock import WallClock
+    from gpu.process import Progress
+    from peers.cases import Shape
+
+    from xlmr_ext import cuda_support
+    from xlmr_ext.heads import XLMRobertaForSequenceClassification as Ours
+
+    right = Ours.forward
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        """Wrong by the kernels' own products, without memory by torch's alone."""
+        out = right(self, *args, **options)
+        if cuda_support.gemm == "native":
+            out["logits"] = out.logits.flip(1)
+        if cuda_support.refusal(0, torch.float32) == "it is the fallback's turn":
+            raise torch.OutOfMemoryError
+        return out
+
+    monkeypatch.setattr(Ours, "forward", forward)
+    monkeypatch.setattr(cuda_support, "gemm", "torch")
+    plan = {
+        "dtype": "float32", "shape": asdict(Shape(2, 32, 2, 48, 50)), "cases": ["2x8"], "rounds": 2,
+        "ways": list(speed.LIBRARIES), "seconds": 60.0, "turn": 0.0,
+    }  # fmt: skip
+    progress = Progress(tmp_path / "result.json")
+    speed.run(plan, WallClock(), progress)
+    found = json.loads(progress.path.read_text())["cases"]["2x8"]["forward"]
+    assert {name for name, result in found.items() if "milliseconds" in result} == {
+        "transformers sdpa", "xlmr_ext torch"
+    }  # fmt: skip
+    assert found["xlmr_ext native"]["failed"].startswith("its cosine with transformers sdpa is ")
+    assert found["xlmr_ext fallback"]["absent"] == "out of memory"
+    assert found["xlmr_ext torch"]["faster"][1] > 0
+
+
+def test_time_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a device, in its order; the device itself is not there."""
+    import torch
+    from gpu.clock import CudaClock
+
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait for the end")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 6.0
+
+    def note(name: str, value: int = 0) -> Any:
+        return lambda *arguments: done.append(name) or value
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", note("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", note("sleep"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", note("now", 100))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", note("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", note("most", 170))
+    clock, call = CudaClock(), note("call")
+    assert clock.seconds(call, 3) == pytest.approx(0.002)
+    turn = ["record", "call", "call", "call", "record", "wait for the end"]
+    assert done == ["wait", *turn]
+    done.clear()
+    clock.seconds(call, 3, ahead=True)
+    assert done == ["wait", "call", "call", "call", "wait", "sleep", *turn]
+    done.clear()
+    assert clock.peak_bytes(call) == 70
+    assert done == ["wait", "now", "reset", "call", "wait", "most"]
+
+
+def test_ways_to_compute_on_a_gpu() -> None:
+    from gpu.ways import computed_by
+
+    from xlmr_ext import cuda_support
+
+    before = cuda_support.gemm, cuda_support.refusal
+    for way in ("native", "torch"):
+        with computed_by(way):
+            assert (cuda_support.gemm, cuda_support.refusal) == (way, before[1])
+    with computed_by("fallback"):
+        assert cuda_support.refusal(0, None)
+    assert (cuda_support.gemm, cuda_support.refusal) == before

@@ -13,8 +13,10 @@ PADDING = 1
 _RAGGED = [5 + round(50 * (row / 31) ** 1.588) for row in range(32)]
 # 10 to 500 tokens; as many tokens, and as many pairs of them, as in 6x340.
 _MIXED = [10, 107, 205, 240, 249, 316, 413, 500]
+# 128 rows of 5 to 128 tokens, 6,737 in all; 16,384 when padded.
+_RAGGED_128 = [5 + round(123 * (row / 127) ** 1.588) for row in range(128)]
 
-NAMED = {"ragged": _RAGGED, "mixed": _MIXED}
+NAMED = {"ragged": _RAGGED, "mixed": _MIXED, "ragged128": _RAGGED_128}
 DEFAULT = ("1x16", "1x128", "1x512", "8x128", "32x32", "ragged", "mixed")
 
 
