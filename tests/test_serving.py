@@ -16,7 +16,7 @@ import torch
 from pairs import make_classifier, pack, random_ids
 from torch import Tensor
 
-from xlmr_ext import _C, PackedBatch, XLMRobertaForSequenceClassification, _launch
+from xlmr_ext import _C, PackedBatch, XLMRobertaForSequenceClassification, _native
 from xlmr_ext.threads import available_cpus
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc or forks: Linux only")
@@ -128,7 +128,7 @@ def test_a_quota_limits_the_calls_and_not_torch(
             return min(torch_threads, 2)
 
     seen = record_threads(monkeypatch)
-    monkeypatch.setattr(_launch, "_call_threads", Quota())
+    monkeypatch.setattr(_native, "call_threads", Quota())
     torch.set_num_threads(5)
     model, (batch, *_) = frozen(), batches()
     seen.clear()
