@@ -22,6 +22,7 @@ FEED_FORWARD_ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 _DTYPES = {torch.float32: 0, torch.float64: 1}
 _HALF_DTYPES = {torch.bfloat16: 2, torch.float16: 3}  # of CUDA's kernels, wherever they run
 HALF = tuple(_HALF_DTYPES)
+_cpu_dtypes = dict(_DTYPES)
 CPU = torch.device("cpu")
 
 
@@ -38,6 +39,12 @@ def check_on_cpu(op: str, name: str, t: Tensor) -> None:
         raise ValueError(f"{op}: {name} is on {t.device}; expected the CPU")
 
 
+def set_table(name: str) -> None:
+    """Tells which table of the CPU is in use: the emulated CUDA kernels know half precision too."""
+    _cpu_dtypes.clear()
+    _cpu_dtypes.update(_DTYPES | _HALF_DTYPES if name == "simt" else _DTYPES)
+
+
 def dtype_code(op: str, name: str, t: Tensor) -> int:
     """Number of the type in ``csrc/types.h``, of a tensor that its device's kernels take."""
     if t.device.type == "cuda":
@@ -49,9 +56,7 @@ def dtype_code(op: str, name: str, t: Tensor) -> int:
             )
         return codes[t.dtype]
     check_on_cpu(op, name, t)
-    code = _DTYPES.get(t.dtype)
-    if code is None and t.dtype in HALF and _is_emulating_cuda():
-        code = _HALF_DTYPES[t.dtype]
+    code = _cpu_dtypes.get(t.dtype)
     if code is None:
         hint = (
             "; call .float() on the model, or wrap the call in torch.autocast"
@@ -62,12 +67,6 @@ def dtype_code(op: str, name: str, t: Tensor) -> int:
             f"{op}: {name} is {t.dtype}; the CPU kernels compute in float32 and float64{hint}"
         )
     return code
-
-
-def _is_emulating_cuda() -> bool:
-    from xlmr_ext import _C
-
-    return _C.table_name() == "simt"
 
 
 def check_floating(op: str, name: str, t: Tensor) -> None:

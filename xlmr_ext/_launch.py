@@ -31,6 +31,7 @@ from xlmr_ext._checks import (
     check_linear,
     check_linear_backward,
     dtype_code,
+    set_table,
     statistics_dtype,
 )
 from xlmr_ext._native import call, call_threads, ptr
@@ -491,6 +492,10 @@ def set_isa(name: str) -> None:
         RuntimeError: this build has no such table, or the processor cannot run it.
     """
     _C.set_table(name)
+    set_table(name)
+
+
+set_table(_C.table_name())
 
 
 def build_info() -> dict[str, Any]:
