@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from reprlib import repr as short
 from typing import Any
 
 from torch import Tensor
@@ -79,8 +80,9 @@ def config_from_bert(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not is_bert_layout(config):
         raise ValueError(
-            f"model_type {config.get('model_type')!r} with vocab_size "
-            f"{config.get('vocab_size')!r} and tokenizer_class {config.get('tokenizer_class')!r} "
+            f"model_type {short(config.get('model_type'))} with vocab_size "
+            f"{short(config.get('vocab_size'))} and tokenizer_class "
+            f"{short(config.get('tokenizer_class'))} "
             "is not of XLM-R's vocabulary; of models in BERT's layout those with it are read "
             "(multilingual MiniLM, multilingual E5 small)"
         )
