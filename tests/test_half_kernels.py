@@ -15,13 +15,12 @@ import pytest
 import torch
 from conftest import no_cuda_kernels
 from samples import OP_NAMES, OpCall, op_calls, results
-from test_fallback import with_wide_statistics
+from test_fallback import classifier, with_wide_statistics
 from tolerance import FORWARD, GRADIENT
 from torch import Tensor
 
 from xlmr_ext import (
     PackedBatch,
-    XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
     XLMRobertaTokenizer,
     _launch,
@@ -30,6 +29,8 @@ from xlmr_ext import (
 )
 
 EMULATED = "simt" in _launch.isas()
+NO_GPU = no_cuda_kernels()
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "classifier_dropout": 0.0}
 
 kinds = pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
 
@@ -37,10 +38,7 @@ kinds = pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str
 @pytest.fixture(
     params=[
         pytest.param("simt", marks=pytest.mark.skipif(not EMULATED, reason="built without simt")),
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(no_cuda_kernels() is not None, reason=str(no_cuda_kernels())),
-        ),
+        pytest.param("cuda", marks=pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))),
     ]
 )
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -92,21 +90,6 @@ def test_ops(place: str, kind: torch.dtype, sizes: dict[str, Any]) -> None:
     assert seen == set(OP_NAMES)
 
 
-def classifier(**more: Any) -> XLMRobertaForSequenceClassification:
-    settings: dict[str, Any] = {
-        "vocab_size": 61,
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 96,
-        "max_position_embeddings": 40,
-        "initializer_range": 0.2,
-        "num_labels": 3,
-    }
-    torch.manual_seed(0)
-    return XLMRobertaForSequenceClassification(XLMRobertaConfig(**{**settings, **more}))
-
-
 @kinds
 def test_a_step_of_a_model(place: str, kind: torch.dtype) -> None:
     """Forward, backward and an update, dropout on, a row all masked: near float64's with the same
@@ -117,7 +100,7 @@ def test_a_step_of_a_model(place: str, kind: torch.dtype) -> None:
     found = []
     for dtype, device in ((torch.float64, "cpu"), (kind, place)):
         # Weights that 16 bits hold.
-        model = classifier(classifier_dropout=0.0).to(kind).to(dtype).to(device)
+        model = classifier(**SIZES).to(kind).to(dtype).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)  # AdamW: 1e-8 is 0 in 16 bits
         torch.manual_seed(1)
         labels = torch.tensor([0, 1, 2, 0], device=device)
