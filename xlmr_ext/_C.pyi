@@ -1,4 +1,5 @@
-"""The native module: integers in, kernels run. Called by ``xlmr_ext._launch`` only.
+"""The native module: integers in, kernels run. Called by ``xlmr_ext._native`` and
+the two doors, ``_launch`` and ``_launch_encoder``, only.
 
 An op returns 0 when it ran, or, having done nothing, the bytes of workspace that it needs.
 """

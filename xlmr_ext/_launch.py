@@ -1,9 +1,8 @@
-"""The door to native code, and the only user of ``dataptr()``.
+"""The door to native code; addresses are taken and calls made through ``_native.py``.
 
 Every function checks its tensors (``_checks.py``), copies what is laid out unlike what the kernels
 read, allocates outputs, and calls the native module of their device. Past this file nothing is
-checked again, so
-nothing that passes it may make a kernel read out of bounds.
+checked again, so nothing that passes it may make a kernel read out of bounds.
 """
 
 from __future__ import annotations
