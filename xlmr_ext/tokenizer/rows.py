@@ -107,13 +107,13 @@ def truncate(
     if limit < extra:
         raise ValueError(f"max_length: {limit} has no room for {extra} special tokens")
     room = limit - extra
+    long = np.flatnonzero(rows.lengths > limit)
+    if not len(long):
+        return rows
     if stride and stride >= room:
         raise ValueError(
             f"stride: {stride} tokens, but max_length leaves room for {room}; expected fewer"
         )
-    long = np.flatnonzero(rows.lengths > limit)
-    if not len(long):
-        return rows
     keep = _keep(whole_first, whole_second, room, how, long)
     if overflow:
         return _windows(rows, keep, side, stride)
