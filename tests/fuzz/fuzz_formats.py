@@ -140,7 +140,8 @@ class FairseqTarget:
                 case 2:
                     entries.pop(name, None)
                 case 3:
-                    new = rng.choice((name[:-1], name + ".x", name.replace("0", "9"), "", 5))
+                    text = str(name)  # 5 after an earlier round
+                    new = rng.choice((text[:-1], text + ".x", text.replace("0", "9"), "", 5))
                     entries[new] = entries.pop(name, None)
                 case 4:
                     shape = [rng.choice((0, 1, 2, 24, 40)) for _ in range(rng.randrange(4))]
