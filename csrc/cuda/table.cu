@@ -24,6 +24,11 @@ template <class Args>
 Status no_int8(const Args&, const ExecContext&) {
   return "8-bit products run on the CPU only";
 }
+// Tensors are in bfloat16 here where products are to be.
+template <class Args>
+Status no_bf16(const Args&, const ExecContext&) {
+  return "products of float32 tensors in bfloat16 run on the CPU only";
+}
 
 }  // namespace
 
@@ -53,6 +58,10 @@ const KernelTable table = {
     {layer_norm_backward_workspace, layer_norm_backward},
     {embedding_forward_workspace, embedding_forward},
     {embedding_backward_workspace, embedding_backward},
+    {{no_workspace<LinearForward>, no_bf16<LinearForward>},
+     {no_workspace<LinearBackward>, no_bf16<LinearBackward>},
+     {no_workspace<FeedForwardForward>, no_bf16<FeedForwardForward>},
+     {no_workspace<FeedForwardBackward>, no_bf16<FeedForwardBackward>}},
     {{no_workspace<LinearInt8Forward>, no_int8<LinearInt8Forward>},
      {no_workspace<FeedForwardInt8Forward>, no_int8<FeedForwardInt8Forward>}},
 };

@@ -201,7 +201,7 @@ Outputs<T> encode(TableRef table, const Problem<T>& p, int32_t threads) {
   args.scale = p.scale();
   args.cu_seqlens = offsets.data();
   args.layers = layers.data();
-  args.int8_weights = p.int8;
+  args.weights = p.int8 ? xlmr::WeightFormat::int8 : xlmr::WeightFormat::table;
   args.first_only = p.first_only;
   args.y = y.data();
   args.states = states.data();

@@ -82,7 +82,7 @@ void check_encoder(TableRef table, xlmr::DType dtype, bool first_only, bool int8
   args.num_layers = 1;
   args.layers = &layer;
   args.first_only = first_only;
-  args.int8_weights = int8_weights;
+  args.weights = int8_weights ? xlmr::WeightFormat::int8 : xlmr::WeightFormat::table;
   const auto check = [&](const std::vector<int>& grown, const char* which) {
     xlmr::EncoderForward large = args;
     int64_t* sizes[] = {&large.embedding.rows, &large.embedding.hidden, &large.inner, &large.batch,
