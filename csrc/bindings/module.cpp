@@ -206,5 +206,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_capacity", [](int32_t cpus) { xlmr::cpu_budget().set_capacity(cpus); });
   m.def("table_name", [] { return xlmr::active().table->name; });
   m.def("layout_name", [] { return xlmr::active().table->layout; });
+  // Whether products in bfloat16 round their operands on the table in use.
+  m.def("has_bf16_units", [] {
+    const KernelTable& table = *xlmr::active().table;
+    return table.bf16.linear_backward.run != table.linear_backward.run;
+  });
   m.def("set_table", [](const std::string& name) { xlmr::set_active(name.c_str()); });
 }

@@ -24,10 +24,10 @@ template <class Args>
 Status no_int8(const Args&, const ExecContext&) {
   return "8-bit products run on the CPU only";
 }
-// Tensors are in bfloat16 here where products are to be.
-template <class Args>
-Status no_bf16(const Args&, const ExecContext&) {
-  return "products of float32 tensors in bfloat16 run on the CPU only";
+// Products of float32 tensors are in float32 here.
+template <class Args, Status (*exact)(const Args&, const ExecContext&)>
+Status unless_packed(const Args& args, const ExecContext& ctx) {
+  return args.packed ? "weights packed in bfloat16 are for the CPU only" : exact(args, ctx);
 }
 
 }  // namespace
@@ -58,10 +58,10 @@ const KernelTable table = {
     {layer_norm_backward_workspace, layer_norm_backward},
     {embedding_forward_workspace, embedding_forward},
     {embedding_backward_workspace, embedding_backward},
-    {{no_workspace<LinearForward>, no_bf16<LinearForward>},
-     {no_workspace<LinearBackward>, no_bf16<LinearBackward>},
-     {no_workspace<FeedForwardForward>, no_bf16<FeedForwardForward>},
-     {no_workspace<FeedForwardBackward>, no_bf16<FeedForwardBackward>}},
+    {{linear_forward_workspace, unless_packed<LinearForward, linear_forward>},
+     {linear_backward_workspace, linear_backward},
+     {feed_forward_forward_workspace, unless_packed<FeedForwardForward, feed_forward_forward>},
+     {feed_forward_backward_workspace, feed_forward_backward}},
     {{no_workspace<LinearInt8Forward>, no_int8<LinearInt8Forward>},
      {no_workspace<FeedForwardInt8Forward>, no_int8<FeedForwardInt8Forward>}},
 };
