@@ -63,8 +63,8 @@ def _forward(
             at_label[rows] = torch.where(inside, logits.gather(1, place)[:, 0], at_label[rows])
             peak = logits.amax(1)
             peak = torch.where(peak.isfinite(), peak, 0.0)  # inf - inf is no number
-            part = logits.sub_(peak[:, None]).exp_().sum(1).log_().add_(peak)
-            total[rows] = torch.logaddexp(total[rows], part.double())
+            part = logits.sub_(peak[:, None]).exp_().sum(1).log_()
+            total[rows] = torch.logaddexp(total[rows], part.double() + peak)
             del logits  # or it would be there beside the next part
     return (total - at_label).to(dtype), total
 
