@@ -16,7 +16,7 @@ from test_frozen import MODELS, check_alone_and_on_threads, inputs_of, make, sam
 from test_launch_encoder import encoder_of, last_apart, layers_of, shifted, strided, with_data
 from torch import Tensor, nn
 
-from xlmr_ext import _C, XLMRobertaForSequenceClassification, _launch
+from xlmr_ext import _C, XLMRobertaForSequenceClassification, _launch, build_info
 from xlmr_ext._launch_encoder import PackedWeight, pack_bf16, pack_weight
 
 
@@ -142,6 +142,18 @@ def test_what_is_refused() -> None:
         model.optimize_for_inference("float32")
     with pytest.raises(RuntimeError, match="dtype='bfloat16'"):
         make("encoder").optimize_for_inference().optimize_for_inference("bfloat16")
+
+
+def test_auto_is_what_the_table_is_fast_in(isa: str) -> None:
+    wanted = "bfloat16" if _C.has_bf16_units() else "float32"
+    assert build_info()["bf16_units"] == _C.has_bf16_units()
+    model = make("encoder").optimize_for_inference("auto")
+    assert model.encoder.weights == wanted
+    assert model.optimize_for_inference("auto") is model
+    int8 = make("encoder").optimize_for_inference("int8").optimize_for_inference("auto")
+    assert int8.encoder.weights == "int8"
+    wide = make("encoder").double().optimize_for_inference("auto")
+    assert wide.encoder.weights == "float32"
 
 
 def test_gradients_under_autocast(isa: str) -> None:

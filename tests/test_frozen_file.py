@@ -278,9 +278,7 @@ def test_arguments(tmp_path: Path) -> None:
     make("classifier").save_pretrained(tmp_path / "weights")
     with pytest.raises(ValueError, match=r"verify=True: .*model\.safetensors holds no checksums"):
         load(tmp_path / "weights", verify=True)
-    with pytest.raises(
-        ValueError, match="dtype must be one of float32, bfloat16, int8, got 'float16'"
-    ):
+    with pytest.raises(ValueError, match="float32, bfloat16, int8, auto, got 'float16'"):
         make("classifier").optimize_for_inference("float16")
 
 

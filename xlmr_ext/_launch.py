@@ -511,9 +511,10 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``, ``python``, ``torch``, ``compiler``, ``openmp`` (the standard, a date),
     ``tables_built``, ``tables_usable``, ``table`` and ``table_reason`` (the kernel table in use and
-    why), ``threads`` and ``threads_by`` (what the next call may use, and what decides it), ``cuda``
-    (whether CUDA kernels were built), ``cuda_kernels`` (what they were built for, and which GPUs of
-    this machine they run on; empty where there are none).
+    why), ``bf16_units`` (whether it has products in bfloat16), ``threads`` and ``threads_by`` (what
+    the next call may use, and what decides it), ``cuda`` (whether CUDA kernels were built),
+    ``cuda_kernels`` (what they were built for, and which GPUs of this machine they run on; empty
+    where there are none).
     """
     from xlmr_ext import __version__
 
@@ -523,6 +524,7 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **_C.describe(),
+        "bf16_units": _C.has_bf16_units(),
         "threads": call_threads(threads),
         "threads_by": call_threads.reason(threads),
         "cuda": cuda_support.is_built(),

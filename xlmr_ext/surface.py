@@ -82,7 +82,7 @@ class ModelSurface(nn.Module):
 
     def optimize_for_inference(
         self,
-        dtype: Literal["float32", "bfloat16", "int8"] | None = None,
+        dtype: Literal["float32", "bfloat16", "int8", "auto"] | None = None,
         calibration: Sequence[Sequence[int]] | None = None,
     ) -> Self:
         """Packs the encoder for inference, in place, and gives up its weights.
@@ -100,8 +100,9 @@ class ModelSurface(nn.Module):
                 float32, and only the weights are rounded. ``"int8"``: weights, and activations
                 within the products, in 8 bits, a scale for each output channel and for each token;
                 and the word embeddings in 8 bits, a scale a row. That takes a quarter of the
-                memory. ``xlmr-ext quantize`` tells what either does to results. None: what the
-                encoder is packed in already, else float32.
+                memory. ``xlmr-ext quantize`` tells what either does to results. ``"auto"``:
+                bfloat16 where the processor has units for it, else float32. None, and ``"auto"``
+                too, leave as it is what is packed already; else None is float32.
             calibration: for int8, token ids of a hundred or so texts of the kind that will come,
                 as ``tokenizer.encode_batch`` gives them. Biases then take back what rounding the
                 weights adds on average over their tokens. None: random ids, which are nearly as
