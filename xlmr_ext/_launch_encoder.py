@@ -102,6 +102,11 @@ def pack_bf16(weight: Tensor) -> PackedWeight:
     return PackedWeight(data, out_features, in_features, torch.bfloat16, ANY_TABLE)
 
 
+def has_bf16_units() -> bool:
+    """Whether the table in use has products in bfloat16; else it keeps weights in it alone."""
+    return bool(_C.has_bf16_units())
+
+
 # WeightFormat of csrc/core/encoder.h; other types are as the table packs them.
 _FORMATS = {torch.int8: 1, torch.bfloat16: 2}
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from xlmr_ext import _C
 from xlmr_ext._launch_encoder import (
     PackedEncoder,
     PackedLayer,
     PackedWeight,
+    has_bf16_units,
     pack_bf16,
     pack_int8,
     pack_weight,
@@ -103,7 +103,7 @@ def auto_dtype() -> str:
     So it is never slower than float32, and stays within a budget: 99.5 % of a classifier's labels
     and vectors of a cosine of 0.9995 with float32's (docs/performance.md). int8 does not.
     """
-    return "bfloat16" if _C.has_bf16_units() else "float32"
+    return "bfloat16" if has_bf16_units() else "float32"
 
 
 class FrozenEncoder(nn.Module):
