@@ -36,9 +36,21 @@ inline float flush_denormal(float x) {
 }
 
 // a b + c as the processors' products of bfloat16 compute it: rounds once, to nearest, takes
-// denormals for zeros and leaves none.
+// denormals for zeros and leaves none. A result counts as one where it would be too small for a
+// normal number after rounding to as many digits as those have (Intel's manual, volume 1, section
+// 4.9.1.5), which is not where its rounding to a denormal's digits ends. Which of several NaN comes
+// out is the processor's affair.
 inline float bf16_multiply_add(float a, float b, float c) {
-  return flush_denormal(__builtin_fmaf(flush_denormal(a), flush_denormal(b), flush_denormal(c)));
+  a = flush_denormal(a);
+  b = flush_denormal(b);
+  c = flush_denormal(c);
+  const float sum = __builtin_fmaf(a, b, c);
+  if (__builtin_fabsf(sum) == 0x1p-126f) {
+    // Half a unit below it is the least that rounds to it. Exact in double, or far from that.
+    const double wide = double{a} * double{b} + double{c};
+    if (__builtin_fabs(wide) < 0x1.ffffffp-127) return __builtin_copysignf(0.0f, sum);
+  }
+  return flush_denormal(sum);
 }
 
 }  // namespace

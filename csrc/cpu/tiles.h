@@ -9,7 +9,7 @@
 #include "core/bf16.h"
 #include "cpu/isa.h"
 
-#if defined(XLMR_ISA_AMX) && !defined(XLMR_BF16_TWIN)
+#if defined(XLMR_ISA_AMX) && !defined(XLMR_BF16_TWIN) && !defined(XLMR_TILES_TWIN)
 #define XLMR_TILES_NATIVE
 #endif
 
