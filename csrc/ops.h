@@ -319,6 +319,17 @@ struct Int8Ops {
   Op<FeedForwardInt8Forward> feed_forward_forward;
 };
 
+// Products whose operands are rounded to bfloat16 (to nearest, ties to even; denormals become 0)
+// and summed in float32; all else is float32, and so are the tensors. What `packed` weights are:
+// core/bf16_layout.h, the same for all tables. A table without units for them rounds nothing but
+// those: with the others it computes as in float32. A row has the same bits alone and in any batch.
+struct Bf16Ops {
+  Op<LinearForward> linear_forward;
+  Op<LinearBackward> linear_backward;
+  Op<FeedForwardForward> feed_forward_forward;
+  Op<FeedForwardBackward> feed_forward_backward;
+};
+
 struct KernelTable {
   const char* name;
   const char* layout;  // the table whose pack_weight this one reads: its own name, or another's
@@ -334,6 +345,7 @@ struct KernelTable {
   Op<LayerNormBackward> layer_norm_backward;
   Op<EmbeddingForward> embedding_forward;
   Op<EmbeddingBackward> embedding_backward;
+  Bf16Ops bf16;
   Int8Ops int8;
 };
 

@@ -160,7 +160,7 @@ def test_weights_are_given_up() -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize("packed", ["float32", "int8"])
+@pytest.mark.parametrize("packed", ["float32", "bfloat16", "int8"])
 @torch.no_grad()
 def test_copies_stand_alone(packed: str) -> None:
     model = make("classifier").optimize_for_inference(packed)

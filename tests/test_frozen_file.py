@@ -31,7 +31,7 @@ from xlmr_ext import (
 )
 from xlmr_ext.formats.frozen_file import FROZEN_NAME, FrozenFile
 
-KINDS = ["float32", "int8"]
+KINDS = ["float32", "bfloat16", "int8"]
 
 
 def inputs_of(kind: str) -> dict[str, Tensor]:
@@ -278,7 +278,7 @@ def test_arguments(tmp_path: Path) -> None:
     make("classifier").save_pretrained(tmp_path / "weights")
     with pytest.raises(ValueError, match=r"verify=True: .*model\.safetensors holds no checksums"):
         load(tmp_path / "weights", verify=True)
-    with pytest.raises(ValueError, match="dtype must be one of float32, int8, got 'float16'"):
+    with pytest.raises(ValueError, match="float32, bfloat16, int8, auto, got 'float16'"):
         make("classifier").optimize_for_inference("float16")
 
 

@@ -119,7 +119,7 @@ def test_build_info() -> None:
     info = xlmr_ext.build_info()
     assert set(info) >= {
         "version", "python", "torch", "compiler", "openmp", "tables_built", "tables_usable",
-        "table", "table_reason", "threads", "threads_by", "cuda", "cuda_kernels",
+        "table", "table_reason", "bf16_units", "threads", "threads_by", "cuda", "cuda_kernels",
     }  # fmt: skip
     assert info["version"] == xlmr_ext.__version__
     assert "baseline" in info["tables_built"]

@@ -26,7 +26,7 @@ from tolerance import FORWARD, GRADIENT, assert_same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xlmr_ext import PackedBatch, XLMRobertaForSequenceClassification, ops
+from xlmr_ext import _C, PackedBatch, XLMRobertaForSequenceClassification, ops
 from xlmr_ext.layers import ResidualOutput
 
 Classifier = XLMRobertaForSequenceClassification
@@ -711,7 +711,9 @@ def test_lora_for_sequence_classification(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_autocast(kind: torch.dtype) -> None:
-    """Computes in and returns float32."""
+    """Returns float32, and computes in it but for the operands of products."""
+    rounds = kind == torch.bfloat16 and _C.has_bf16_units()
+    near = {"rtol": 0.1, "atol": 0.05} if rounds else {}
     model, inputs = make_classifier().train(), batch()
     wanted = model(**inputs)
     wanted.loss.backward()
@@ -721,12 +723,12 @@ def test_autocast(kind: torch.dtype) -> None:
         output = model(**inputs, output_hidden_states=True)
     assert output.logits.dtype == torch.float32
     assert all(h.dtype == torch.float32 for h in output.hidden_states)
-    torch.testing.assert_close(output.logits, wanted.logits)
-    torch.testing.assert_close(output.loss, wanted.loss)
+    torch.testing.assert_close(output.logits, wanted.logits, **near)
+    torch.testing.assert_close(output.loss, wanted.loss, **near)
     output.loss.backward()
     for name, grad in gradients(model).items():
         assert grad.dtype == torch.float32
-        torch.testing.assert_close(grad, grads[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(grad, grads[name], **near, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])

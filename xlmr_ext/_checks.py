@@ -77,6 +77,15 @@ def check_floating(op: str, name: str, t: Tensor) -> None:
         )
 
 
+def check_bf16_products(op: str, t: Tensor, bf16_products: bool) -> None:
+    """Products in bfloat16 are for float32 on the CPU: elsewhere the tensors are in bfloat16."""
+    if bf16_products and (t.device != CPU or t.dtype != torch.float32):
+        raise ValueError(
+            f"{op}: bf16_products came with {t.dtype} on {_place(t.device)}; expected float32 on "
+            "the CPU"
+        )
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of sums and statistics over tensors of this type: half precision keeps them in float32."""
     return torch.float32 if dtype in HALF else dtype

@@ -22,6 +22,7 @@ from xlmr_ext._checks import (
     AttentionInputs,
     EmbeddingInputs,
     as_rows,
+    check_bf16_products,
     check_dropout,
     check_feed_forward,
     check_feed_forward_backward,
@@ -82,9 +83,11 @@ def linear_forward(
     biases: Sequence[Tensor],
     addend: Tensor | None,
     activation: str,
+    bf16_products: bool = False,
 ) -> Tensor:
     op = "linear"
     code = dtype_code(op, "x", x)
+    check_bf16_products(op, x, bf16_products)
     rows, in_features, out_features = check_linear(op, x, weights, biases, addend, activation)
     act = ACTIVATIONS[activation]
     parts = len(weights)
@@ -95,7 +98,7 @@ def linear_forward(
     y = x.new_empty((rows, parts * out_features))
     step = out_features * y.element_size()
     call(
-        x.device, "linear_forward",
+        x.device, "linear_bf16_forward" if bf16_products else "linear_forward",
         code, act, rows, in_features, out_features, ptr(x), _stride(x),
         [ptr(w) for w in weights], [ptr(b) for b in biases], ptr(addend), _stride(addend),
         [ptr(y) + p * step for p in range(parts)], parts * out_features,
@@ -112,6 +115,7 @@ def linear_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "linear backward"
     parts = len(grad_ys)
@@ -119,6 +123,7 @@ def linear_backward(
     rows, in_features, out_features = sizes
     first, act = grad_ys[0], ACTIVATIONS[activation]
     code = dtype_code(op, "grad_y", first)
+    check_bf16_products(op, first, bf16_products)
     x = None if x is None else as_rows(x)
     weights = [w.contiguous() for w in weights]
     grads = _same_stride(grad_ys)
@@ -129,7 +134,7 @@ def linear_backward(
     dweight = first.new_empty((parts, out_features, in_features)) if need_weight else empty
     dbias = first.new_empty((parts, out_features)) if need_bias else empty
     call(
-        first.device, "linear_backward",
+        first.device, "linear_bf16_backward" if bf16_products else "linear_backward",
         code, act, rows, in_features, out_features,
         [ptr(g) for g in grads], _stride(grads[0]), ptr(x), _stride(x),
         [ptr(w) for w in weights], ptr(y),
@@ -151,9 +156,11 @@ def feed_forward_forward(
     addend: Tensor | None,
     activation: str,
     save: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     op = "feed_forward"
     code = dtype_code(op, "x", x)
+    check_bf16_products(op, x, bf16_products)
     rows, hidden, inner = check_feed_forward(
         op, x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, activation
     )
@@ -167,7 +174,7 @@ def feed_forward_forward(
     y = x.new_empty((rows, hidden))
     pre = x.new_empty((rows, inner) if save else 0)
     call(
-        x.device, "feed_forward_forward",
+        x.device, "feed_forward_bf16_forward" if bf16_products else "feed_forward_forward",
         code, act, rows, hidden, inner, ptr(x), _stride(x),
         ptr(up_weight), ptr(up_bias), ptr(down_weight), ptr(down_bias),
         ptr(hidden_addend), _stride(hidden_addend), ptr(addend), _stride(addend),
@@ -189,9 +196,11 @@ def feed_forward_backward(
     need_down_weight: bool,
     need_down_bias: bool,
     need_hidden_addend: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "feed_forward backward"
     code = dtype_code(op, "x", x)
+    check_bf16_products(op, x, bf16_products)
     rows, hidden, inner = check_feed_forward_backward(
         op, grad_y, x, up_weight, down_weight, pre, activation
     )
@@ -205,7 +214,7 @@ def feed_forward_backward(
     ddown_bias = x.new_empty(hidden if need_down_bias else 0)
     dpre = x.new_empty((rows, inner) if need_hidden_addend else 0)
     call(
-        x.device, "feed_forward_backward",
+        x.device, "feed_forward_bf16_backward" if bf16_products else "feed_forward_backward",
         code, act, rows, hidden, inner, ptr(grad_y), _stride(grad_y),
         ptr(x), _stride(x), ptr(up_weight), ptr(down_weight), ptr(pre),
         ptr(dx) if need_x else 0,
@@ -502,9 +511,10 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``, ``python``, ``torch``, ``compiler``, ``openmp`` (the standard, a date),
     ``tables_built``, ``tables_usable``, ``table`` and ``table_reason`` (the kernel table in use and
-    why), ``threads`` and ``threads_by`` (what the next call may use, and what decides it), ``cuda``
-    (whether CUDA kernels were built), ``cuda_kernels`` (what they were built for, and which GPUs of
-    this machine they run on; empty where there are none).
+    why), ``bf16_units`` (whether it has products in bfloat16), ``threads`` and ``threads_by`` (what
+    the next call may use, and what decides it), ``cuda`` (whether CUDA kernels were built),
+    ``cuda_kernels`` (what they were built for, and which GPUs of this machine they run on; empty
+    where there are none).
     """
     from xlmr_ext import __version__
 
@@ -514,6 +524,7 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **_C.describe(),
+        "bf16_units": _C.has_bf16_units(),
         "threads": call_threads(threads),
         "threads_by": call_threads.reason(threads),
         "cuda": cuda_support.is_built(),

@@ -39,8 +39,9 @@ class PackedWeight:
 
     Attributes:
         data: uint8, the packed bytes.
-        dtype: of the values: float32, float64 or int8.
-        table: name of the table whose layout it is; ``ANY_TABLE`` for int8, which has one layout.
+        dtype: of the values: float32, float64, bfloat16 or int8.
+        table: name of the table whose layout it is; ``ANY_TABLE`` for bfloat16 and int8, which have
+            one layout.
     """
 
     data: Tensor
@@ -87,6 +88,27 @@ def pack_int8(q: Tensor, scale: Tensor) -> PackedWeight:
     data = torch.empty(_C.packed_int8_bytes(out_features, in_features), dtype=torch.uint8)
     _C.pack_int8_weight(out_features, in_features, ptr(q), ptr(scale), ptr(data))
     return PackedWeight(data, out_features, in_features, torch.int8, ANY_TABLE)
+
+
+def pack_bf16(weight: Tensor) -> PackedWeight:
+    """Packs a weight [out, in] of float32, rounded to bfloat16 to nearest, ties to even."""
+    op = "pack_bf16"
+    out_features, in_features = check_rank2(op, "weight", weight)
+    check_positive(op, out_features=out_features, in_features=in_features)
+    check_tensor(op, "weight", weight, (out_features, in_features), torch.float32)
+    weight = weight.detach().contiguous()
+    data = torch.empty(_C.packed_bf16_bytes(out_features, in_features), dtype=torch.uint8)
+    _C.pack_bf16_weight(out_features, in_features, ptr(weight), ptr(data))
+    return PackedWeight(data, out_features, in_features, torch.bfloat16, ANY_TABLE)
+
+
+def has_bf16_units() -> bool:
+    """Whether the table in use has products in bfloat16; else it keeps weights in it alone."""
+    return bool(_C.has_bf16_units())
+
+
+# WeightFormat of csrc/core/encoder.h; other types are as the table packs them.
+_FORMATS = {torch.int8: 1, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -146,10 +168,10 @@ class PackedEncoder:
         self.activation = check_activation(op, activation, FEED_FORWARD_ACTIVATIONS)
         self.layers = tuple(layers)
         first = _as_packed("layer 0: up", self.layers[0].up)
-        self.int8 = first.dtype == torch.int8
-        self.table = ANY_TABLE if self.int8 else _C.layout_name()
         self.weight_dtype = first.dtype
-        self.dtype = torch.float32 if self.int8 else first.dtype
+        self._format = _FORMATS.get(first.dtype, 0)
+        self.table = ANY_TABLE if self._format else _C.layout_name()
+        self.dtype = torch.float32 if self._format else first.dtype
         shapes = {
             "query_key_value": (3 * hidden, hidden),
             "query": (hidden, hidden),
@@ -209,8 +231,10 @@ class PackedEncoder:
                 f"encoder: {name} is {weight.dtype} packed for {weight.table}; expected "
                 f"{self.weight_dtype} for {self.table}"
             )
-        if self.int8:
+        if weight.dtype == torch.int8:
             size = _C.packed_int8_bytes(*shape)
+        elif weight.dtype == torch.bfloat16:
+            size = _C.packed_bf16_bytes(*shape)
         else:
             code = dtype_code("encoder", name, torch.empty(0, dtype=weight.dtype))
             size = _C.packed_bytes(code, *shape)
@@ -268,7 +292,7 @@ class PackedEncoder:
         call_on_cpu(
             _C.encoder_forward, code, self.activation, rows, hidden, self.inner, self.num_heads,
             batch, max_seqlen, ptr(cu_seqlens), 1.0 / math.sqrt(hidden // self.num_heads), eps,
-            *tables, ptr(norm_bias), ptr(inputs.word_scale), self._addresses, self.int8,
+            *tables, ptr(norm_bias), ptr(inputs.word_scale), self._addresses, self._format,
             first_only, ptr(y), ptr(states),
         )  # fmt: skip
         return y, states

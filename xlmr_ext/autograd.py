@@ -2,9 +2,11 @@
 
 Each is a ``torch.autograd.Function`` over two raw ops of ``ops.py`` and saves as little as its
 backward can do with. They are differentiable once: asking for a second derivative raises
-RuntimeError. Under ``torch.autocast`` the CPU computes in and returns float32; on CUDA, as torch
-has it, products and attention are in autocast's type, LayerNorm and embeddings in float32. N is the
-number of packed rows; sizes and errors are those of the ops.
+RuntimeError. Under ``torch.autocast`` the CPU returns float32 and computes in it, but for the
+operands of the products, which are rounded to bfloat16 where that is autocast's type and the
+processor has units for it; on CUDA, as torch has it, products and attention are in autocast's type,
+LayerNorm and embeddings in float32. N is the number of packed rows; sizes and errors are those of
+the ops.
 """
 
 from __future__ import annotations
@@ -37,6 +39,16 @@ def _promote(*tensors: Tensor | None, product: bool) -> tuple[Tensor | None, ...
     return tuple(t.to(dtype) if t is not None and t.dtype in kinds else t for t in tensors)
 
 
+def bf16_products(x: Tensor) -> bool:
+    """Whether autocast has the products of x, as `_promote` made it, in bfloat16 on the CPU."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+
+
 def _saves(*tensors: Tensor | None) -> bool:
     """Whether a backward may come. A Function cannot tell: inside, grad mode is always off, and
     ``needs_input_grad`` speaks of the inputs alone."""
@@ -56,13 +68,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Any:
         # All in one: a compiled call without gradients counts the named parameters, and mistakes
         # one more argument than those for a missing ctx.
-        x, addend, activation, parts, *params = args
+        x, addend, activation, bf16, parts, *params = args
         weights, biases = params[:parts], params[parts:]
-        y: Tensor = ops.linear_forward(x, weights, biases, addend, activation)
+        y: Tensor = ops.linear_forward(x, weights, biases, addend, activation, bf16)
         needs = ctx.needs_input_grad
         ctx.need_x, ctx.need_addend = needs[0], needs[1]
-        ctx.need_weights, ctx.need_biases = needs[4 : 4 + parts], needs[4 + parts :]
-        ctx.activation, ctx.parts = activation, parts
+        ctx.need_weights, ctx.need_biases = needs[5 : 5 + parts], needs[5 + parts :]
+        ctx.activation, ctx.bf16, ctx.parts = activation, bf16, parts
         ctx.save_for_backward(
             x if any(ctx.need_weights) else None,
             y if activation == "tanh" else None,
@@ -79,11 +91,12 @@ class _Linear(torch.autograd.Function):
         x, y, *weights = ctx.saved_tensors
         dx, dweight, dbias, dz = ops.linear_backward(
             grad_ys, x, weights, y, ctx.activation, ctx.need_x, any(ctx.need_weights),
-            any(ctx.need_biases),
+            any(ctx.need_biases), ctx.bf16,
         )  # fmt: skip
         return (
             _or_none(ctx.need_x, dx),
             _or_none(ctx.need_addend, dz if ctx.activation == "tanh" else grad_ys[0]),
+            None,
             None,
             None,
             *(dweight[p] if need else None for p, need in enumerate(ctx.need_weights)),
@@ -113,7 +126,7 @@ def linear(
     """
     x, addend, weight, bias = _promote(x, addend, weight, bias, product=True)  # type: ignore[assignment]
     params = (weight,) if bias is None else (weight, bias)
-    y: Tensor = _apply(_Linear, x, addend, activation, 1, *params)
+    y: Tensor = _apply(_Linear, x, addend, activation, bf16_products(x), 1, *params)
     return y
 
 
@@ -131,7 +144,9 @@ def qkv_linear(
         As many tensors [N, out], views of one buffer.
     """
     x, *params = _promote(x, *weights, *(biases or ()), product=True)  # type: ignore[assignment]
-    ys: tuple[Tensor, ...] = _apply(_Linear, x, None, "none", len(weights), *params)
+    ys: tuple[Tensor, ...] = _apply(
+        _Linear, x, None, "none", bf16_products(x), len(weights), *params
+    )
     return ys
 
 
@@ -148,11 +163,13 @@ class _FeedForward(torch.autograd.Function):
         addend: Tensor | None,
         activation: str,
         save: bool,
+        bf16: bool,
     ) -> Tensor:
         y, pre = ops.feed_forward_forward(
-            x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, activation, save
-        )
-        ctx.activation = activation
+            x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, activation, save,
+            bf16,
+        )  # fmt: skip
+        ctx.activation, ctx.bf16 = activation, bf16
         ctx.save_for_backward(x, up_weight, down_weight, pre)
         result: Tensor = y
         return result
@@ -163,11 +180,12 @@ class _FeedForward(torch.autograd.Function):
         need = ctx.needs_input_grad
         grads = ops.feed_forward_backward(
             grad_y, *ctx.saved_tensors, ctx.activation, need[0], need[1], need[2], need[3],
-            need[4], need[5],
+            need[4], need[5], ctx.bf16,
         )  # fmt: skip
         return (
             *(_or_none(n, g) for n, g in zip(need[:6], grads, strict=True)),
             _or_none(need[6], grad_y),
+            None,
             None,
             None,
         )
@@ -202,7 +220,8 @@ def feed_forward(
     tensors = _promote(
         x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, product=True
     )
-    y: Tensor = _apply(_FeedForward, *tensors, activation, _saves(*tensors))
+    bf16 = bf16_products(tensors[0])  # type: ignore[arg-type]
+    y: Tensor = _apply(_FeedForward, *tensors, activation, _saves(*tensors), bf16)
     return y
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from xlmr_ext._checks import (
     EmbeddingInputs,
+    check_bf16_products,
     check_feed_forward,
     check_feed_forward_backward,
     check_floating,
@@ -84,8 +85,10 @@ def linear_forward(
     biases: Sequence[Tensor],
     addend: Tensor | None,
     activation: str,
+    bf16_products: bool = False,
 ) -> Tensor:
     op = "linear"
+    check_bf16_products(op, x, bf16_products)
     check_floating(op, "x", x)
     check_linear(op, x, weights, biases, addend, activation)
     y = F.linear(x, _joined(weights), _joined(biases) if biases else None)
@@ -107,8 +110,10 @@ def linear_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "linear backward"
+    check_bf16_products(op, grad_ys[0], bf16_products)
     sizes = check_linear_backward(op, grad_ys, x, weights, y, activation, need_x, need_weight)
     check_floating(op, "grad_y", grad_ys[0])
     parts, out_features = len(grad_ys), sizes.out_features
@@ -154,8 +159,10 @@ def feed_forward_forward(
     addend: Tensor | None,
     activation: str,
     save: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     op = "feed_forward"
+    check_bf16_products(op, x, bf16_products)
     check_floating(op, "x", x)
     check_feed_forward(
         op, x, up_weight, up_bias, down_weight, down_bias, hidden_addend, addend, activation
@@ -182,8 +189,10 @@ def feed_forward_backward(
     need_down_weight: bool,
     need_down_bias: bool,
     need_hidden_addend: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "feed_forward backward"
+    check_bf16_products(op, x, bf16_products)
     check_floating(op, "x", x)
     check_feed_forward_backward(op, grad_y, x, up_weight, down_weight, pre, activation)
     empty = x.new_empty(0)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from xlmr_ext import ops
 from xlmr_ext._checks import statistics_dtype
-from xlmr_ext.autograd import _promote
+from xlmr_ext.autograd import _promote, bf16_products
 
 __all__ = ["linear_cross_entropy"]
 
@@ -34,11 +34,11 @@ def _parts(size: int, step: int) -> Iterator[slice]:
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, bf16: bool) -> Tensor:
     """[rows, words] of a part, in the type of sums. Rows of a weight are a view: nothing is copied
     unless their type is not that of x."""
     biases = [] if bias is None else [bias.to(x.dtype)]
-    logits: Tensor = ops.linear_forward(x, [weight.to(x.dtype)], biases, None, "none")
+    logits: Tensor = ops.linear_forward(x, [weight.to(x.dtype)], biases, None, "none", bf16)
     return logits.to(statistics_dtype(x.dtype))
 
 
@@ -48,25 +48,25 @@ def _part(tensor: Tensor | None, words: slice) -> Tensor | None:
 
 @torch.library.custom_op("xlmr_ext::linear_cross_entropy_forward", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bf16: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x [N, in], weight [V, in], bias [V], labels int64 [N] -> losses [N], log-sum-exp [N]."""
+    """x [N, in], weight [V, in], bias [V], labels int64 [N] -> losses [N], log-sum-exp
+    float64 [N]."""
     dtype = statistics_dtype(x.dtype)
     # A running sum of many parts: in float64 their number adds no error.
     total = x.new_full((x.shape[0],), -torch.inf, dtype=torch.float64)
     at_label = x.new_full((x.shape[0],), torch.nan, dtype=dtype)  # stays for a label out of range
     for rows in _parts(x.shape[0], _ROWS):
         for words in _parts(weight.shape[0], _WORDS):
-            logits = _logits(x[rows], weight[words], _part(bias, words))
+            logits = _logits(x[rows], weight[words], _part(bias, words), bf16)
             place, inside = _place(labels[rows], words)
             at_label[rows] = torch.where(inside, logits.gather(1, place)[:, 0], at_label[rows])
             peak = logits.amax(1)
             peak = torch.where(peak.isfinite(), peak, 0.0)  # inf - inf is no number
-            part = logits.sub_(peak[:, None]).exp_().sum(1).log_().add_(peak)
-            total[rows] = torch.logaddexp(total[rows], part.double())
+            part = logits.sub_(peak[:, None]).exp_().sum(1).log_()
+            total[rows] = torch.logaddexp(total[rows], part.double() + peak)
             del logits  # or it would be there beside the next part
-    lse = total.to(dtype)
-    return lse - at_label, lse
+    return (total - at_label).to(dtype), total
 
 
 def _place(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
@@ -77,9 +77,11 @@ def _place(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    like = x.new_empty(x.shape[0], dtype=statistics_dtype(x.dtype))
-    return like, torch.empty_like(like)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bf16: bool = False
+) -> tuple[Tensor, Tensor]:
+    losses = x.new_empty(x.shape[0], dtype=statistics_dtype(x.dtype))
+    return losses, torch.empty_like(losses, dtype=torch.float64)
 
 
 @torch.library.custom_op("xlmr_ext::linear_cross_entropy_backward", mutates_args=())
@@ -93,6 +95,7 @@ def _backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [N] of the losses -> dx [N, in], dweight [V, in], dbias [V]; what is not needed has no
     elements."""
@@ -102,16 +105,21 @@ def _backward(
     dbias = weight.new_empty(weight.shape[0] if need_bias else 0)
     if x.shape[0] == 0:
         return dx.to(x.dtype), dweight.zero_(), dbias.zero_()
+    # exp(z - lse) with what lse loses when it is rounded: that grows with the logits.
+    peak = lse.to(wide)
+    scale = (lse - peak).exp_().to(wide)
+    by_row = (grad / scale)[:, None]
     for words in _parts(weight.shape[0], _WORDS):
         part = weight[words]
         for rows in _parts(x.shape[0], _ROWS):
             # (softmax - one at the label) grad
-            dz = _logits(x[rows], part, _part(bias, words)).sub_(lse[rows, None]).exp_()
+            dz = _logits(x[rows], part, _part(bias, words), bf16).sub_(peak[rows, None]).exp_()
             place, inside = _place(labels[rows], words)
-            dz.scatter_add_(1, place, -inside[:, None].to(dz.dtype)).mul_(grad[rows, None])
+            ones = torch.where(inside, scale[rows], 0.0)[:, None]
+            dz.scatter_add_(1, place, ones.neg_()).mul_(by_row[rows])
             dx_part, dweight_part, dbias_part, _ = ops.linear_backward(
                 [dz.to(x.dtype)], x[rows], [part.to(x.dtype)], None, "none", need_x, need_weight,
-                need_bias,
+                need_bias, bf16,
             )  # fmt: skip
             if need_x:
                 dx[rows] += dx_part
@@ -134,6 +142,7 @@ def _(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -144,8 +153,11 @@ def _(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        losses, lse = _forward(x, weight, bias, labels)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bf16: bool
+    ) -> Tensor:
+        losses, lse = _forward(x, weight, bias, labels, bf16)
+        ctx.bf16 = bf16
         ctx.save_for_backward(x, weight, bias, labels, lse)
         result: Tensor = losses
         return result
@@ -154,8 +166,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         need = ctx.needs_input_grad
-        grads = _backward(grad.contiguous(), *ctx.saved_tensors, *need[:3])
-        return (*(g if n else None for n, g in zip(need, grads, strict=False)), None)
+        grads = _backward(grad.contiguous(), *ctx.saved_tensors, *need[:3], ctx.bf16)
+        return (*(g if n else None for n, g in zip(need, grads, strict=False)), None, None)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -175,7 +187,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
         A scalar, 0 for N = 0; float32 for half precision.
     """
     (x,) = _promote(x, product=True)  # type: ignore[assignment]
-    losses: Tensor = _LinearCrossEntropy.apply(x, weight, bias, labels)  # type: ignore[no-untyped-call]
+    losses: Tensor = _LinearCrossEntropy.apply(x, weight, bias, labels, bf16_products(x))  # type: ignore[no-untyped-call]
     if losses.shape[0] <= _SUMMED:
         return losses.sum()
     return torch.stack([part.sum() for part in losses.split(_SUMMED)]).sum()

@@ -69,15 +69,18 @@ def _linear_forward_fake(
     biases: Sequence[Tensor],
     addend: Tensor | None,
     activation: str,
+    bf16_products: bool = False,
 ) -> Tensor:
     return x.new_empty((x.shape[0], len(weights) * weights[0].shape[0]))
 
 
 # x [N, in], weights P times [out, in] (P = 1 to 3), biases none or P times [out], addend [N, out]
-# (P = 1 only, added before the activation), activation "none" or "tanh" -> [N, P * out].
+# (P = 1 only, added before the activation), activation "none" or "tanh" -> [N, P * out]. With
+# bf16_products, here and below, float32 operands on the CPU are rounded to bfloat16 where the
+# processor has units for that; sums and results are float32.
 linear_forward = _define(
-    "linear_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? addend, str activation)"
-    " -> Tensor",
+    "linear_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? addend, str activation,"
+    " bool bf16_products=False) -> Tensor",
     _linear_forward_fake,
 )
 
@@ -91,6 +94,7 @@ def _linear_backward_fake(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first, parts = grad_ys[0], len(grad_ys)
     rows, out_features = first.shape
@@ -106,7 +110,8 @@ def _linear_backward_fake(
 # -> dx [N, in], dweight [P, out, in], dbias [P, out], dz [N, out] (tanh only: the addend's).
 linear_backward = _define(
     "linear_backward(Tensor[] grad_ys, Tensor? x, Tensor[] weights, Tensor? y, str activation,"
-    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool need_x, bool need_weight, bool need_bias, bool bf16_products=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_backward_fake,
 )
 
@@ -121,6 +126,7 @@ def _feed_forward_forward_fake(
     addend: Tensor | None,
     activation: str,
     save: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], up_weight.shape[0]) if save else 0)
 
@@ -129,8 +135,8 @@ def _feed_forward_forward_fake(
 # addend [N, hidden], activation "gelu", "gelu_tanh" or "relu" -> y [N, hidden], pre [N, inner].
 feed_forward_forward = _define(
     "feed_forward_forward(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight,"
-    " Tensor? down_bias, Tensor? hidden_addend, Tensor? addend, str activation, bool save)"
-    " -> (Tensor, Tensor)",
+    " Tensor? down_bias, Tensor? hidden_addend, Tensor? addend, str activation, bool save,"
+    " bool bf16_products=False) -> (Tensor, Tensor)",
     _feed_forward_forward_fake,
 )
 
@@ -148,6 +154,7 @@ def _feed_forward_backward_fake(
     need_down_weight: bool,
     need_down_bias: bool,
     need_hidden_addend: bool,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inner, hidden = up_weight.shape
     return (
@@ -164,7 +171,8 @@ def _feed_forward_backward_fake(
 feed_forward_backward = _define(
     "feed_forward_backward(Tensor grad_y, Tensor x, Tensor up_weight, Tensor down_weight,"
     " Tensor pre, str activation, bool need_x, bool need_up_weight, bool need_up_bias,"
-    " bool need_down_weight, bool need_down_bias, bool need_hidden_addend)"
+    " bool need_down_weight, bool need_down_bias, bool need_hidden_addend,"
+    " bool bf16_products=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _feed_forward_backward_fake,
 )

@@ -322,7 +322,7 @@ class PreTrainedModel(ModelSurface):
             OSError: writing failed.
             RuntimeError: the directory cannot be written to, or a weight was changed after it was
                 packed.
-            ValueError: the model is not frozen, is not in float32 or int8, or the directory has
-                weights.
+            ValueError: the model is not frozen, is not in float32, bfloat16 or int8, or the
+                directory has weights.
         """
         save_frozen(self, save_directory, tokenizer)

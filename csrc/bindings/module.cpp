@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/op_arguments.h"
+#include "core/bf16_layout.h"
 #include "core/cpu_budget.h"
 #include "core/cpu_features.h"
 #include "core/dispatch.h"
@@ -49,9 +50,8 @@ int64_t execute(xlmr::Entry entry, const Query& query, const Run& run, int32_t n
 }
 
 template <class Args>
-int64_t execute(xlmr::Op<Args> KernelTable::* op, const Args& args, int32_t num_threads,
+int64_t execute(const xlmr::Op<Args>& kernel, const Args& args, int32_t num_threads,
                 Address workspace, int64_t workspace_bytes) {
-  const xlmr::Op<Args>& kernel = xlmr::active().table->*op;
   return execute(
       xlmr::Entry::at_once, [&](const ExecContext& ctx) { return kernel.workspace(args, ctx); },
       [&](const ExecContext& ctx) { return kernel.run(args, ctx); }, num_threads, workspace,
@@ -66,7 +66,16 @@ struct DefineOp {
   void operator()(const char* name, xlmr::Op<Args> KernelTable::* op, Args (*make)(P...)) const {
     module.def(name, [op, make](P... integers, int32_t num_threads, Address workspace,
                                 int64_t workspace_bytes) {
-      return execute(op, make(integers...), num_threads, workspace, workspace_bytes);
+      return execute(xlmr::active().table->*op, make(integers...), num_threads, workspace,
+                     workspace_bytes);
+    });
+  }
+  template <class Args, class... P>
+  void operator()(const char* name, xlmr::Op<Args> xlmr::Bf16Ops::* op, Args (*make)(P...)) const {
+    module.def(name, [op, make](P... integers, int32_t num_threads, Address workspace,
+                                int64_t workspace_bytes) {
+      return execute(xlmr::active().table->bf16.*op, make(integers...), num_threads, workspace,
+                     workspace_bytes);
     });
   }
 };
@@ -98,6 +107,15 @@ void pack_int8_weight(int64_t out_features, int64_t in_features, Address weight,
                          pointer_to<float>(scale), pointer(packed));
 }
 
+int64_t packed_bf16_bytes(int64_t out_features, int64_t in_features) {
+  return checked_bytes(xlmr::packed_bf16_bytes(out_features, in_features));
+}
+
+void pack_bf16_weight(int64_t out_features, int64_t in_features, Address weight, Address packed) {
+  py::gil_scoped_release unlocked;
+  xlmr::pack_bf16_weight(out_features, in_features, pointer_to<float>(weight), pointer(packed));
+}
+
 // The fields of xlmr::EncoderLayer, in their order.
 using LayerAddresses = std::array<Address, 14>;
 
@@ -107,9 +125,9 @@ int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden,
                         int64_t inputs_embeds_stride, Address position_ids, Address token_type_ids,
                         int64_t word_rows, Address word, int64_t position_rows, Address position,
                         int64_t token_type_rows, Address token_type, Address weight, Address bias,
-                        Address word_scale, const std::vector<LayerAddresses>& layers,
-                        bool int8_weights, bool first_only, Address y, Address states,
-                        int32_t num_threads, Address workspace, int64_t workspace_bytes) {
+                        Address word_scale, const std::vector<LayerAddresses>& layers, int weights,
+                        bool first_only, Address y, Address states, int32_t num_threads,
+                        Address workspace, int64_t workspace_bytes) {
   static_assert(sizeof(xlmr::EncoderLayer) == sizeof(LayerAddresses));
   xlmr::EncoderForward a{};
   xlmr::bindings::set_embedding_inputs(a.embedding, dtype, rows, hidden, {}, input_ids,
@@ -128,7 +146,7 @@ int64_t encoder_forward(int dtype, int activation, int64_t rows, int64_t hidden,
   a.scale = scale;
   a.cu_seqlens = pointer_to<int32_t>(cu_seqlens);
   a.layers = reinterpret_cast<const xlmr::EncoderLayer*>(layers.data());
-  a.int8_weights = int8_weights;
+  a.weights = static_cast<xlmr::WeightFormat>(weights);
   a.first_only = first_only;
   a.y = pointer(y);
   a.states = pointer(states);
@@ -169,7 +187,16 @@ PYBIND11_MODULE(_C, m) {
 
   const DefineOp define{m};
   xlmr::bindings::define_ops(define);
+  using xlmr::Bf16Ops;
+  define("linear_bf16_forward", &Bf16Ops::linear_forward, xlmr::bindings::linear_forward);
+  define("linear_bf16_backward", &Bf16Ops::linear_backward, xlmr::bindings::linear_backward);
+  define("feed_forward_bf16_forward", &Bf16Ops::feed_forward_forward,
+         xlmr::bindings::feed_forward_forward);
+  define("feed_forward_bf16_backward", &Bf16Ops::feed_forward_backward,
+         xlmr::bindings::feed_forward_backward);
   define("pack_weight", &KernelTable::pack_weight, pack_weight);
+  m.def("packed_bf16_bytes", &packed_bf16_bytes);
+  m.def("pack_bf16_weight", &pack_bf16_weight);
   m.def("packed_bytes", &packed_bytes);
   m.def("packed_int8_bytes", &packed_int8_bytes);
   m.def("pack_int8_weight", &pack_int8_weight);
@@ -179,5 +206,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_capacity", [](int32_t cpus) { xlmr::cpu_budget().set_capacity(cpus); });
   m.def("table_name", [] { return xlmr::active().table->name; });
   m.def("layout_name", [] { return xlmr::active().table->layout; });
+  // Whether products in bfloat16 round their operands on the table in use.
+  m.def("has_bf16_units", [] {
+    const KernelTable& table = *xlmr::active().table;
+    return table.bf16.linear_backward.run != table.linear_backward.run;
+  });
   m.def("set_table", [](const std::string& name) { xlmr::set_active(name.c_str()); });
 }

@@ -11,6 +11,8 @@ enum Feature : uint32_t {
   kFeatureAvx512 = 1u << 2,  // F, BW, DQ and VL: every processor with AVX-512 since 2017
   kFeatureAvx512Vnni = 1u << 3,
   kFeatureAvxVnni = 1u << 4,  // the same dot products without AVX-512
+  kFeatureAvx512Bf16 = 1u << 5,
+  kFeatureAmxBf16 = 1u << 6,  // tiles, their products of bfloat16, and leave to use them
 };
 
 // The features that this process may use (bits of Feature).

@@ -35,16 +35,38 @@ namespace avx512_vnni {
 extern const Int8Ops int8_ops;
 }
 #endif
+#if defined(XLMR_HAVE_AVX512_BF16)
+namespace avx512_bf16 {
+extern const Bf16Ops bf16_ops;
+}
+#endif
+#if defined(XLMR_HAVE_AMX)
+namespace amx {
+extern const Bf16Ops bf16_ops;
+}
+#endif
 #if defined(XLMR_HAVE_NEON)
 namespace neon {
 extern const KernelTable table;
 }
 #endif
 
+namespace {
+[[maybe_unused]] constexpr uint32_t kAvx512VnniFeatures =
+    kFeatureAvx2 | kFeatureFma | kFeatureAvx512 | kFeatureAvx512Vnni;
+}
+
 KernelTable with_int8(const KernelTable& below, const char* name, const Int8Ops& ops) {
   KernelTable table = below;
   table.name = name;
   table.int8 = ops;
+  return table;
+}
+
+KernelTable with_bf16(const KernelTable& below, const char* name, const Bf16Ops& ops) {
+  KernelTable table = below;
+  table.name = name;
+  table.bf16 = ops;
   return table;
 }
 
@@ -56,6 +78,13 @@ const std::vector<TableInfo>& built_tables() {
 #if defined(XLMR_HAVE_AVX512_VNNI)
   static const KernelTable avx512_vnni_table =
       with_int8(avx512::table, "avx512_vnni", avx512_vnni::int8_ops);
+#endif
+#if defined(XLMR_HAVE_AVX512_BF16)
+  static const KernelTable avx512_bf16_table =
+      with_bf16(avx512_vnni_table, "avx512_bf16", avx512_bf16::bf16_ops);
+#endif
+#if defined(XLMR_HAVE_AMX)
+  static const KernelTable amx_table = with_bf16(avx512_vnni_table, "amx", amx::bf16_ops);
 #endif
   static const std::vector<TableInfo> tables = {
 #if defined(XLMR_HAVE_SIMT)
@@ -72,7 +101,13 @@ const std::vector<TableInfo>& built_tables() {
       {&avx512::table, kFeatureAvx2 | kFeatureFma | kFeatureAvx512},
 #endif
 #if defined(XLMR_HAVE_AVX512_VNNI)
-      {&avx512_vnni_table, kFeatureAvx2 | kFeatureFma | kFeatureAvx512 | kFeatureAvx512Vnni},
+      {&avx512_vnni_table, kAvx512VnniFeatures},
+#endif
+#if defined(XLMR_HAVE_AVX512_BF16)
+      {&avx512_bf16_table, kAvx512VnniFeatures | kFeatureAvx512Bf16},
+#endif
+#if defined(XLMR_HAVE_AMX)
+      {&amx_table, kAvx512VnniFeatures | kFeatureAmxBf16},
 #endif
 #if defined(XLMR_HAVE_NEON)
       {&neon::table, 0},  // every AArch64 processor has Advanced SIMD

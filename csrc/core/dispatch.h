@@ -17,8 +17,9 @@ struct TableInfo {
 // Every table of this build, the slowest first.
 const std::vector<TableInfo>& built_tables();
 
-// A table like `below`, with a name and integer products of its own.
+// A table like `below`, with a name and products of its own, in integers or in bfloat16.
 KernelTable with_int8(const KernelTable& below, const char* name, const Int8Ops& ops);
+KernelTable with_bf16(const KernelTable& below, const char* name, const Bf16Ops& ops);
 
 struct Choice {
   const KernelTable* table;

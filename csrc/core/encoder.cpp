@@ -82,6 +82,7 @@ class Encoder {
  private:
   int64_t rows() const { return embedding_.rows; }
   int64_t hidden() const { return embedding_.hidden; }
+  bool bf16() const { return args_.weights == WeightFormat::bfloat16; }
   size_t bytes(int64_t rows) const { return static_cast<size_t>(rows * hidden() * element_); }
   char* at(void* base, int64_t row, int64_t width) const {
     return static_cast<char*>(base) + row * width * element_;
@@ -156,7 +157,7 @@ class Encoder {
 
   Status linear(int64_t rows, int64_t x_stride, const void* x, int64_t out, const void* weight,
                 const void* bias, const void* addend, void* y, int64_t y_stride) {
-    if (args_.int8_weights) {
+    if (args_.weights == WeightFormat::int8) {
       LinearInt8Forward a{};
       a.activation = Activation::none;
       a.rows = rows;
@@ -188,12 +189,12 @@ class Encoder {
     a.addend_stride = hidden();
     a.y[0] = y;
     a.y_stride = y_stride;
-    return step(table_.linear_forward, a);
+    return step(bf16() ? table_.bf16.linear_forward : table_.linear_forward, a);
   }
 
   // sum = FFN(context) + context
   Status feed_forward(int64_t rows, const EncoderLayer& w) {
-    if (args_.int8_weights) {
+    if (args_.weights == WeightFormat::int8) {
       FeedForwardInt8Forward a{};
       a.activation = args_.activation;
       a.rows = rows;
@@ -222,7 +223,7 @@ class Encoder {
     a.down_weight = w.down_weight;
     a.down_bias = w.down_bias;
     a.y = sum_;
-    return step(table_.feed_forward_forward, a);
+    return step(bf16() ? table_.bf16.feed_forward_forward : table_.feed_forward_forward, a);
   }
 
   // y = LayerNorm(sum)

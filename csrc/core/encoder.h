@@ -24,6 +24,13 @@ struct EncoderLayer {
   const void* output_norm_bias;         // [hidden]
 };
 
+// What the packed weights of the layers are.
+enum class WeightFormat : int32_t {
+  table = 0,     // the embedding's type, as pack_weight of the table lays it out
+  int8 = 1,      // core/int8_layout.h; all else float32
+  bfloat16 = 2,  // core/bf16_layout.h; all else float32
+};
+
 struct EncoderForward {
   EmbeddingForward embedding;  // without dropout; its y, mean and rstd are not read
   Activation activation;
@@ -33,7 +40,7 @@ struct EncoderForward {
   double scale;                // of the attention's scores
   const int32_t* cu_seqlens;   // [batch + 1]
   const EncoderLayer* layers;  // [num_layers], read by the query too
-  bool int8_weights;           // as core/int8_layout.h lays them out, and all else float32
+  WeightFormat weights;
   // The last layer computes keys and values for all tokens and everything else for the first token
   // of every sequence alone; that layer has its query apart. Rows of empty sequences are 0.
   bool first_only;

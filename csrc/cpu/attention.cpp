@@ -80,11 +80,12 @@ void multiply_exactly(bool add, int64_t rows, int64_t columns, int64_t k, const 
       multiply<kLayout>(false, tile_rows, NR, k,
                         a + (kLayout == ALayout::row_major ? i * a_stride : i), a_stride,
                         b + j / NR * b_panel_stride, 0, tile, NR);
-      for_each_vector<T>(tile_rows, columns - j, [&](int64_t row, int64_t at, int64_t lanes) {
-        T* dst = c + (i + row) * c_stride + j + at;
-        const Vec<T> x = Vec<T>::load(tile + row * NR + at);
-        store_lanes(dst, add ? load_lanes(dst, lanes) + x : x, lanes);
-      });
+      for_each_vector<Exact<T>>(tile_rows, columns - j,
+                                [&](int64_t row, int64_t at, int64_t lanes) {
+                                  T* dst = c + (i + row) * c_stride + j + at;
+                                  const Vec<T> x = Vec<T>::load(tile + row * NR + at);
+                                  store_lanes(dst, add ? load_lanes(dst, lanes) + x : x, lanes);
+                                });
     }
   }
 }

@@ -1,6 +1,5 @@
 // y = act(x W1^T + b1 [+ hidden_addend]) W2^T + b2 [+ addend], and its backward.
-#include "cpu/gemm.h"
-#include "cpu/kernels.h"
+#include "cpu/bfloat16_ops.h"
 #include "cpu/reduce.h"
 
 namespace xlmr::XLMR_ISA {
@@ -11,17 +10,18 @@ namespace {
 // such part packs them again.
 constexpr int64_t kForwardRows = 1536, kPackedForwardRows = 384;
 
-template <class T>
+template <class A>
 struct FeedForwardForwardKernel {
+  using T = typename A::Value;
   int64_t chunk;
   T* activated;  // [chunk, inner]
-  GemmSpace<T> up_space, down_space;
+  GemmSpace<A> up_space, down_space;
 
   FeedForwardForwardKernel(Workspace& space, const FeedForwardForward& a, const ExecContext& ctx)
       : chunk(min_of(a.rows, a.packed ? kPackedForwardRows : kForwardRows)),
         activated(space.take<T>(chunk, a.inner)),
-        up_space(space, ctx, chunk, a.hidden, a.packed),
-        down_space(space, ctx, chunk, a.inner, a.packed) {}
+        up_space(space, ctx, chunk, padded<A>(a.hidden), A::kReadsPacked && a.packed),
+        down_space(space, ctx, chunk, padded<A>(a.inner), A::kReadsPacked && a.packed) {}
 
   void run(const FeedForwardForward& a, const ExecContext& ctx) const {
     for (int64_t row = 0; row < a.rows; row += chunk) {
@@ -36,15 +36,15 @@ struct FeedForwardForwardKernel {
     const T* hidden_addend = static_cast<const T*>(a.hidden_addend);
     const T* addend = static_cast<const T*>(a.addend);
     T* pre = static_cast<T*>(a.pre);
-    const Product<T> up = {rows,
+    const Product<A> up = {rows,
                            a.inner,
                            1,
                            {{{static_cast<const T*>(a.x) + first * a.x_stride, a.x_stride, 1},
-                             {static_cast<const T*>(a.up_weight), 1, a.hidden},
+                             A::right(a.up_weight, a.inner, a.hidden),
                              a.hidden}},
                            activated,
                            a.inner,
-                           a.packed ? static_cast<const T*>(a.up_weight) : nullptr};
+                           packed_weight<A>(a.up_weight, a.packed)};
     with_feed_forward_activation(a.activation, [&](auto activation) {
       gemm(ctx, up_space, &up, 1, [&](int, Vec<T> z, int64_t row, int64_t column, int64_t lanes) {
         row += first;
@@ -56,14 +56,14 @@ struct FeedForwardForwardKernel {
         return activate<decltype(activation)::value>(z);
       });
     });
-    const Product<T> down = {
+    const Product<A> down = {
         rows,
         a.hidden,
         1,
-        {{{activated, a.inner, 1}, {static_cast<const T*>(a.down_weight), 1, a.inner}, a.inner}},
+        {{{activated, a.inner, 1}, A::right(a.down_weight, a.hidden, a.inner), a.inner}},
         static_cast<T*>(a.y) + first * a.hidden,
         a.hidden,
-        a.packed ? static_cast<const T*>(a.down_weight) : nullptr};
+        packed_weight<A>(a.down_weight, a.packed)};
     gemm(ctx, down_space, &down, 1, [&](int, Vec<T> y, int64_t row, int64_t column, int64_t lanes) {
       if (down_bias != nullptr) y = y + load_lanes(down_bias + column, lanes);
       if (addend != nullptr) {
@@ -74,19 +74,21 @@ struct FeedForwardForwardKernel {
   }
 };
 
-template <class T>
+template <class A>
 struct FeedForwardBackwardKernel {
+  using T = typename A::Value;
   T* dpre;       // [N, inner], where the caller gave none
   T* activated;  // [N, inner], act(pre) again; only for dW2
-  GemmSpace<T> inner_space, dx_space, dup_space, ddown_space;
+  GemmSpace<A> inner_space, dx_space, dup_space, ddown_space;
 
   FeedForwardBackwardKernel(Workspace& space, const FeedForwardBackward& a, const ExecContext& ctx)
       : dpre(a.dpre != nullptr ? nullptr : space.take<T>(a.rows, a.inner)),
         activated(a.ddown_weight == nullptr ? nullptr : space.take<T>(a.rows, a.inner)),
-        inner_space(space, ctx, a.rows, a.hidden),
-        dx_space(space, ctx, a.dx ? a.rows : 0, a.dx ? a.inner : 0),
-        dup_space(space, ctx, a.dup_weight ? a.inner : 0, a.dup_weight ? a.rows : 0),
-        ddown_space(space, ctx, a.ddown_weight ? a.hidden : 0, a.ddown_weight ? a.rows : 0) {}
+        inner_space(space, ctx, a.rows, padded<A>(a.hidden)),
+        dx_space(space, ctx, a.dx ? a.rows : 0, a.dx ? padded<A>(a.inner) : 0),
+        dup_space(space, ctx, a.dup_weight ? a.inner : 0, a.dup_weight ? padded<A>(a.rows) : 0),
+        ddown_space(space, ctx, a.ddown_weight ? a.hidden : 0,
+                    a.ddown_weight ? padded<A>(a.rows) : 0) {}
 
   void run(const FeedForwardBackward& a, const ExecContext& ctx) const {
     const MatrixView<T> dy{static_cast<const T*>(a.dy), a.dy_stride, 1};
@@ -97,7 +99,7 @@ struct FeedForwardBackwardKernel {
     // dpre = (dy W2) * act'(pre); act(pre) falls out on the way.
     if (a.dx != nullptr || a.dup_weight != nullptr || a.dup_bias != nullptr || a.dpre != nullptr ||
         a.ddown_weight != nullptr) {
-      const Product<T> inner = {
+      const Product<A> inner = {
           a.rows, a.inner, 1, {{dy, {static_cast<const T*>(a.down_weight), a.inner, 1}, a.hidden}},
           dz,     a.inner};
       with_feed_forward_activation(a.activation, [&](auto activation) {
@@ -114,7 +116,7 @@ struct FeedForwardBackwardKernel {
     }
     const MatrixView<T> dz_view{dz, a.inner, 1};
     if (a.dx != nullptr) {
-      const Product<T> product = {
+      const Product<A> product = {
           a.rows,
           a.hidden,
           1,
@@ -140,9 +142,21 @@ struct FeedForwardBackwardKernel {
   }
 };
 
+template <class T>
+using ExactFeedForwardForward = FeedForwardForwardKernel<Exact<T>>;
+template <class T>
+using ExactFeedForwardBackward = FeedForwardBackwardKernel<Exact<T>>;
+
 }  // namespace
 
-XLMR_DEFINE_OP(feed_forward_forward, FeedForwardForward, FeedForwardForwardKernel)
-XLMR_DEFINE_OP(feed_forward_backward, FeedForwardBackward, FeedForwardBackwardKernel)
+#if !defined(XLMR_ISA_BF16)
+XLMR_DEFINE_OP(feed_forward_forward, FeedForwardForward, ExactFeedForwardForward)
+XLMR_DEFINE_OP(feed_forward_backward, FeedForwardBackward, ExactFeedForwardBackward)
+#else
+XLMR_DEFINE_BF16_OP(feed_forward_bf16_backward, feed_forward_backward, FeedForwardBackward,
+                    FeedForwardBackwardKernel)
+#endif
+XLMR_DEFINE_BF16_OP(feed_forward_bf16_forward, feed_forward_forward, FeedForwardForward,
+                    FeedForwardForwardKernel)
 
 }  // namespace xlmr::XLMR_ISA

@@ -23,6 +23,10 @@ XLMR_DECLARE_OP(layer_norm_forward, LayerNormForward);
 XLMR_DECLARE_OP(layer_norm_backward, LayerNormBackward);
 XLMR_DECLARE_OP(embedding_forward, EmbeddingForward);
 XLMR_DECLARE_OP(embedding_backward, EmbeddingBackward);
+XLMR_DECLARE_OP(linear_bf16_forward, LinearForward);
+XLMR_DECLARE_OP(linear_bf16_backward, LinearBackward);
+XLMR_DECLARE_OP(feed_forward_bf16_forward, FeedForwardForward);
+XLMR_DECLARE_OP(feed_forward_bf16_backward, FeedForwardBackward);
 XLMR_DECLARE_OP(linear_int8_forward, LinearInt8Forward);
 XLMR_DECLARE_OP(feed_forward_int8_forward, FeedForwardInt8Forward);
 

@@ -1,45 +1,30 @@
 // y_p = act(x W_p^T + b_p [+ addend]), its backward, and the packing of W.
-#include "cpu/gemm.h"
-#include "cpu/kernels.h"
+#include "cpu/bfloat16_ops.h"
 #include "cpu/reduce.h"
 
 namespace xlmr::XLMR_ISA {
 namespace {
 
-template <class T>
-struct PackWeightKernel {
-  PackWeightKernel(Workspace&, const PackWeight&, const ExecContext&) {}
-
-  void run(const PackWeight& a, const ExecContext& ctx) const {
-    constexpr int64_t NR = Tile<T>::kColumns;
-    const MatrixView<T> b{static_cast<const T*>(a.weight), 1, a.in_features};  // W^T
-    parallel_ranges(ctx, ceil_div(a.out_features, NR), 1, [&](int64_t begin, int64_t) {
-      const int64_t column = begin * NR;
-      pack_b(b.at(0, column), a.in_features, min_of(NR, a.out_features - column),
-             static_cast<T*>(a.packed) + column * a.in_features);
-    });
-  }
-};
-
-template <class T>
+template <class A>
 struct LinearForwardKernel {
-  GemmSpace<T> gemm_space;
+  using T = typename A::Value;
+  GemmSpace<A> gemm_space;
 
   LinearForwardKernel(Workspace& space, const LinearForward& a, const ExecContext& ctx)
-      : gemm_space(space, ctx, a.rows, a.in_features, a.packed) {}
+      : gemm_space(space, ctx, a.rows, padded<A>(a.in_features), A::kReadsPacked && a.packed) {}
 
   void run(const LinearForward& a, const ExecContext& ctx) const {
-    Product<T> product[3];
+    Product<A> product[3];
     for (int p = 0; p < a.parts; ++p) {
       product[p] = {a.rows,
                     a.out_features,
                     1,
                     {{{static_cast<const T*>(a.x), a.x_stride, 1},
-                      {static_cast<const T*>(a.weight[p]), 1, a.in_features},
+                      A::right(a.weight[p], a.out_features, a.in_features),
                       a.in_features}},
                     static_cast<T*>(a.y[p]),
                     a.y_stride,
-                    a.packed ? static_cast<const T*>(a.weight[p]) : nullptr};
+                    packed_weight<A>(a.weight[p], a.packed)};
     }
     const T* addend = static_cast<const T*>(a.addend);
     gemm(ctx, gemm_space, product, static_cast<int>(a.parts),
@@ -53,13 +38,16 @@ struct LinearForwardKernel {
   }
 };
 
-template <class T>
+template <class A>
 struct LinearBackwardKernel {
-  GemmSpace<T> dx_space, dweight_space;
+  using T = typename A::Value;
+  GemmSpace<A> dx_space, dweight_space;
 
   LinearBackwardKernel(Workspace& space, const LinearBackward& a, const ExecContext& ctx)
-      : dx_space(space, ctx, a.dx ? a.rows : 0, a.dx ? product(a.parts, a.out_features) : 0),
-        dweight_space(space, ctx, a.dweight[0] ? a.out_features : 0, a.dweight[0] ? a.rows : 0) {}
+      : dx_space(space, ctx, a.dx ? a.rows : 0,
+                 a.dx ? product(a.parts, padded<A>(a.out_features)) : 0),
+        dweight_space(space, ctx, a.dweight[0] ? a.out_features : 0,
+                      a.dweight[0] ? padded<A>(a.rows) : 0) {}
 
   void run(const LinearBackward& a, const ExecContext& ctx) const {
     MatrixView<T> dz[3];
@@ -82,7 +70,7 @@ struct LinearBackwardKernel {
     }
     const auto keep = [](int, Vec<T> x, int64_t, int64_t, int64_t) { return x; };
     if (a.dx != nullptr) {
-      Product<T> product = {a.rows, a.in_features,         static_cast<int>(a.parts),
+      Product<A> product = {a.rows, a.in_features,         static_cast<int>(a.parts),
                             {},     static_cast<T*>(a.dx), a.in_features};
       for (int p = 0; p < a.parts; ++p) {
         product.segment[p] = {
@@ -104,7 +92,29 @@ struct LinearBackwardKernel {
   }
 };
 
+template <class T>
+using ExactLinearForward = LinearForwardKernel<Exact<T>>;
+template <class T>
+using ExactLinearBackward = LinearBackwardKernel<Exact<T>>;
+
+template <class T>
+struct PackWeightKernel {
+  PackWeightKernel(Workspace&, const PackWeight&, const ExecContext&) {}
+
+  void run(const PackWeight& a, const ExecContext& ctx) const {
+    constexpr int64_t NR = Tile<T>::kColumns;
+    const MatrixView<T> b{static_cast<const T*>(a.weight), 1, a.in_features};  // W^T
+    parallel_ranges(ctx, ceil_div(a.out_features, NR), 1, [&](int64_t begin, int64_t) {
+      const int64_t column = begin * NR;
+      pack_b(b.at(0, column), a.in_features, min_of(NR, a.out_features - column),
+             static_cast<T*>(a.packed) + column * a.in_features);
+    });
+  }
+};
+
 }  // namespace
+
+#if !defined(XLMR_ISA_BF16)
 
 int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
   const int64_t columns = dtype == DType::float32 ? Tile<float>::kColumns : Tile<double>::kColumns;
@@ -114,7 +124,12 @@ int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
 }
 
 XLMR_DEFINE_OP(pack_weight, PackWeight, PackWeightKernel)
-XLMR_DEFINE_OP(linear_forward, LinearForward, LinearForwardKernel)
-XLMR_DEFINE_OP(linear_backward, LinearBackward, LinearBackwardKernel)
+XLMR_DEFINE_OP(linear_forward, LinearForward, ExactLinearForward)
+XLMR_DEFINE_OP(linear_backward, LinearBackward, ExactLinearBackward)
+
+#else
+XLMR_DEFINE_BF16_OP(linear_bf16_backward, linear_backward, LinearBackward, LinearBackwardKernel)
+#endif
+XLMR_DEFINE_BF16_OP(linear_bf16_forward, linear_forward, LinearForward, LinearForwardKernel)
 
 }  // namespace xlmr::XLMR_ISA

@@ -12,7 +12,17 @@ namespace xlmr::XLMR_ISA {
     }                                                                \
   }
 
-#if defined(XLMR_INT8_ONLY)  // dispatch.cpp puts these into a copy of another table
+#if defined(XLMR_ISA_BF16)  // dispatch.cpp puts these into a copy of another table
+
+extern const Bf16Ops bf16_ops;
+const Bf16Ops bf16_ops = {
+    {linear_bf16_forward_workspace, linear_bf16_forward},
+    {linear_bf16_backward_workspace, linear_bf16_backward},
+    {feed_forward_bf16_forward_workspace, feed_forward_bf16_forward},
+    {feed_forward_bf16_backward_workspace, feed_forward_bf16_backward},
+};
+
+#elif defined(XLMR_INT8_ONLY)  // dispatch.cpp puts these into a copy of another table
 
 extern const Int8Ops int8_ops;
 const Int8Ops int8_ops = XLMR_INT8_OPS;
@@ -35,6 +45,12 @@ const KernelTable table = {
     {layer_norm_backward_workspace, layer_norm_backward},
     {embedding_forward_workspace, embedding_forward},
     {embedding_backward_workspace, embedding_backward},
+    {
+        {linear_bf16_forward_workspace, linear_bf16_forward},
+        {linear_backward_workspace, linear_backward},
+        {feed_forward_bf16_forward_workspace, feed_forward_bf16_forward},
+        {feed_forward_backward_workspace, feed_forward_backward},
+    },
     XLMR_INT8_OPS,
 };
 

@@ -24,6 +24,11 @@ template <class Args>
 Status no_int8(const Args&, const ExecContext&) {
   return "8-bit products run on the CPU only";
 }
+// Products of float32 tensors are in float32 here.
+template <class Args, Status (*exact)(const Args&, const ExecContext&)>
+Status unless_packed(const Args& args, const ExecContext& ctx) {
+  return args.packed ? "weights packed in bfloat16 are for the CPU only" : exact(args, ctx);
+}
 
 }  // namespace
 
@@ -53,6 +58,10 @@ const KernelTable table = {
     {layer_norm_backward_workspace, layer_norm_backward},
     {embedding_forward_workspace, embedding_forward},
     {embedding_backward_workspace, embedding_backward},
+    {{linear_forward_workspace, unless_packed<LinearForward, linear_forward>},
+     {linear_backward_workspace, linear_backward},
+     {feed_forward_forward_workspace, unless_packed<FeedForwardForward, feed_forward_forward>},
+     {feed_forward_backward_workspace, feed_forward_backward}},
     {{no_workspace<LinearInt8Forward>, no_int8<LinearInt8Forward>},
      {no_workspace<FeedForwardInt8Forward>, no_int8<FeedForwardInt8Forward>}},
 };

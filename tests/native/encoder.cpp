@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <numeric>
 
+#include "bfloat16.h"
 #include "packed.h"
 
 namespace test {
 namespace {
 
 using xlmr::Activation;
+using xlmr::WeightFormat;
 
 template <class T>
 struct Layer {
@@ -26,7 +28,7 @@ struct Problem {
   Activation activation = Activation::gelu;
   double eps = 1e-5;
   bool first_only = false, keep_states = false;
-  bool int8 = false;  // the layers' weights; T is float then
+  WeightFormat weights = WeightFormat::table;  // of the layers; T is float for the other two
   std::vector<Layer<T>> layers;
   std::vector<int64_t> ids, positions, types;  // ids or types may be empty
   std::vector<T> embeds;                       // instead of ids
@@ -50,10 +52,10 @@ struct Problem {
     for (const auto& layer : layers) apart += layer.query_apart ? "1" : "0";
     return text(
         "lengths=[%s ] hidden=%lld heads=%lld inner=%lld layers=%s activation=%d biases=%d ids=%d "
-        "types=%d gap=%lld first_only=%d states=%d int8=%d",
+        "types=%d gap=%lld first_only=%d states=%d weights=%d",
         list.c_str(), (long long)hidden, (long long)heads, (long long)inner, apart.c_str(),
         int(activation), int(!layers[0].up_bias.empty()), int(embeds.empty()), int(!types.empty()),
-        (long long)gap, int(first_only), int(keep_states), int(int8));
+        (long long)gap, int(first_only), int(keep_states), int(weights));
   }
 };
 
@@ -129,11 +131,17 @@ Outputs<T> encode(TableRef table, const Problem<T>& p, int32_t threads) {
   const int64_t h = p.hidden, rows = p.rows();
   std::deque<Packed<T>> packed;
   std::deque<PackedInt8> packed_int8;
+  std::deque<PackedBf16> packed_bf16;
   std::deque<Guarded<T>> plain;
   std::deque<Guarded<int64_t>> indices;
   const auto pack = [&](const std::vector<T>& weight, int64_t out, int64_t in) -> const void* {
     if constexpr (sizeof(T) == 4) {
-      if (p.int8) return packed_int8.emplace_back(quantized(weight, out, in)).data();
+      if (p.weights == WeightFormat::int8) {
+        return packed_int8.emplace_back(quantized(weight, out, in)).data();
+      }
+      if (p.weights == WeightFormat::bfloat16) {
+        return packed_bf16.emplace_back(weight, out, in).data();
+      }
     }
     return packed.emplace_back(table, weight, out, in, threads).data();
   };
@@ -201,7 +209,7 @@ Outputs<T> encode(TableRef table, const Problem<T>& p, int32_t threads) {
   args.scale = p.scale();
   args.cu_seqlens = offsets.data();
   args.layers = layers.data();
-  args.int8_weights = p.int8;
+  args.weights = p.weights;
   args.first_only = p.first_only;
   args.y = y.data();
   args.states = states.data();
@@ -214,6 +222,7 @@ Outputs<T> encode(TableRef table, const Problem<T>& p, int32_t threads) {
   bool intact = offsets.intact() && embeds.intact();
   for (const auto& buffer : packed) intact = intact && buffer.intact();
   for (const auto& buffer : packed_int8) intact = intact && buffer.intact();
+  for (const auto& buffer : packed_bf16) intact = intact && buffer.intact();
   for (const auto& buffer : plain) intact = intact && buffer.intact();
   for (const auto& buffer : indices) intact = intact && buffer.intact();
   CHECK(intact, "an input was changed");
@@ -228,6 +237,7 @@ struct Ops {
   TableRef table;
   const Problem<T>& p;
   int64_t rows = p.rows(), h = p.hidden;
+  bool bf16 = p.weights == WeightFormat::bfloat16;
 
   std::vector<T> embed() const {
     std::vector<T> y(size_t(rows * h));
@@ -258,7 +268,7 @@ struct Ops {
                         const T* addend) const {
     std::vector<T> y(size_t(rows * h));
     if constexpr (sizeof(T) == 4) {
-      if (p.int8) {
+      if (p.weights == WeightFormat::int8) {
         const PackedInt8 packed(quantized(weight, h, h));
         xlmr::LinearInt8Forward a{};
         a.rows = rows;
@@ -282,7 +292,7 @@ struct Ops {
     a.bias[0] = bias;
     a.addend = addend;
     a.y[0] = y.data();
-    run_op(table.linear_forward, a, 1);
+    run_op(bf16 ? table.bf16.linear_forward : table.linear_forward, a, 1);
     return y;
   }
 
@@ -313,7 +323,7 @@ struct Ops {
     const T* up_bias = layer.up_bias.empty() ? nullptr : layer.up_bias.data();
     const T* down_bias = layer.down_bias.empty() ? nullptr : layer.down_bias.data();
     if constexpr (sizeof(T) == 4) {
-      if (p.int8) {
+      if (p.weights == WeightFormat::int8) {
         const PackedInt8 up(quantized(layer.up, p.inner, h)),
             down(quantized(layer.down, h, p.inner));
         xlmr::FeedForwardInt8Forward a{};
@@ -345,7 +355,7 @@ struct Ops {
     a.down_weight = layer.down.data();
     a.down_bias = down_bias;
     a.y = y.data();
-    run_op(table.feed_forward_forward, a, 1);
+    run_op(bf16 ? table.bf16.feed_forward_forward : table.feed_forward_forward, a, 1);
     return y;
   }
 
@@ -408,14 +418,28 @@ void check(Line& line, TableRef table, Problem<T> p) {
   }
 }
 
+struct Sizes {
+  std::vector<int32_t> lengths;
+  int64_t hidden, heads, inner, layers;
+};
+
+Sizes random_sizes(Random& random) {
+  std::vector<int32_t> lengths;
+  for (int64_t k = random.between(0, 9); k > 0; --k) {
+    lengths.push_back(random.chance(0.3) ? 0 : int32_t(random.between(0, 40)));
+  }
+  const int64_t heads = random.between(1, 4);
+  const int64_t hidden = heads * random.between(1, 30), inner = random.between(1, 100);
+  return {lengths, hidden, heads, inner, random.between(1, 3)};
+}
+
 template <class T>
-void run(TableRef table) {
-  if (!selected("encoder")) return;
-  Line line(table, dtype_name<T>(), "encoder");
-  struct Sizes {
-    std::vector<int32_t> lengths;
-    int64_t hidden, heads, inner, layers;
-  };
+void run(TableRef table, WeightFormat weights) {
+  const char* name = weights == WeightFormat::int8       ? "encoder_int8"
+                     : weights == WeightFormat::bfloat16 ? "encoder_bf16"
+                                                         : "encoder";
+  if (!selected(name)) return;
+  Line line(table, dtype_name<T>(), name);
   std::vector<Sizes> cases = {
       {{}, 8, 2, 12, 2},
       {{0}, 8, 2, 12, 1},
@@ -428,33 +452,39 @@ void run(TableRef table) {
   if (!options().quick) {
     cases.push_back({{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, 17, 1, 65, 2});
     cases.push_back({{130, 1, 0, 65}, 80, 2, 96, 2});
-    cases.push_back({{70, 3}, 390, 5, 401, 2});  // products of more than one block of k
+    // Products of more than one block of k; few, where they may be those of a twin.
+    if (weights == WeightFormat::bfloat16) {
+      cases.push_back({{20, 3}, 390, 5, 70, 1});
+    } else {
+      cases.push_back({{70, 3}, 390, 5, 401, 2});
+    }
   }
+  Random fuzz(options().seed);
+  for (int64_t i = 0; i < options().fuzz; ++i) cases.push_back(random_sizes(fuzz));
   Random random(18);
   for (const Sizes& s : cases) {
     Problem<T> p = make<T>(random, s.lengths, s.hidden, s.heads, s.inner, s.layers);
-    check(line, table, p);
-    if (sizeof(T) != 4 || emulates_cuda(table)) continue;
-    p.int8 = true;
-    check(line, table, p);
-  }
-  Random fuzz(options().seed);
-  for (int64_t i = 0; i < options().fuzz; ++i) {
-    std::vector<int32_t> lengths;
-    for (int64_t k = fuzz.between(0, 9); k > 0; --k) {
-      lengths.push_back(fuzz.chance(0.3) ? 0 : int32_t(fuzz.between(0, 40)));
+    p.weights = weights;
+    // A table without units for bfloat16 reads plain weights as they are: they are those numbers.
+    if (weights == WeightFormat::bfloat16) {
+      for (Layer<T>& layer : p.layers) {
+        for (auto* w :
+             {&layer.query, &layer.key, &layer.value, &layer.output, &layer.up, &layer.down}) {
+          *w = rounded_to_bf16(*w);
+        }
+      }
     }
-    const int64_t heads = fuzz.between(1, 4);
-    check(line, table,
-          make<T>(fuzz, lengths, heads * fuzz.between(1, 30), heads, fuzz.between(1, 100),
-                  fuzz.between(1, 3)));
+    check(line, table, p);
   }
 }
 
 }  // namespace
 
 void test_encoder(TableRef table) {
-  for_types(table, [&](auto element) { run<decltype(element)>(table); });
+  for_types(table, [&](auto element) { run<decltype(element)>(table, WeightFormat::table); });
+  if (!emulates_cuda(table)) run<float>(table, WeightFormat::int8);
 }
+
+void test_encoder_bf16(TableRef table) { run<float>(table, WeightFormat::bfloat16); }
 
 }  // namespace test

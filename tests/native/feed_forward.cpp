@@ -1,4 +1,5 @@
-// feed_forward_forward and feed_forward_backward.
+// feed_forward_forward and feed_forward_backward, and the same of table.bf16.
+#include "bfloat16.h"
 #include "packed.h"
 
 namespace test {
@@ -17,22 +18,24 @@ struct Problem {
   bool need_pre = true;
   bool packed = false;  // the forward's weights
   bool need[6] = {true, true, true, true, true, true};
+  Products products;
 
   std::string sizes() const {
     return text(
         "rows=%lld hidden=%lld inner=%lld activation=%d biases=%d%d addends=%d%d gap=%lld "
-        "pre=%d need=%d%d%d%d%d%d packed=%d",
+        "pre=%d need=%d%d%d%d%d%d packed=%d bf16=%d",
         (long long)rows, (long long)hidden, (long long)inner, int(activation),
         int(!up_bias.empty()), int(!down_bias.empty()), int(!hidden_addend.empty()),
         int(!addend.empty()), (long long)gap, int(need_pre), int(need[0]), int(need[1]),
-        int(need[2]), int(need[3]), int(need[4]), int(need[5]), int(packed));
+        int(need[2]), int(need[3]), int(need[4]), int(need[5]), int(packed), int(products.bf16));
   }
 };
 
 template <class T>
-Problem<T> make(Random& random, int64_t rows, int64_t hidden, int64_t inner,
+Problem<T> make(Random& random, Products products, int64_t rows, int64_t hidden, int64_t inner,
                 Activation activation) {
   Problem<T> p;
+  p.products = products;
   p.rows = rows;
   p.hidden = hidden;
   p.inner = inner;
@@ -50,6 +53,18 @@ Problem<T> make(Random& random, int64_t rows, int64_t hidden, int64_t inner,
   p.need_pre = random.chance(0.6);
   const bool all = random.chance(0.5);
   for (bool& need : p.need) need = all || random.chance(0.6);
+  if (products.bf16) {
+    // Numbers of bfloat16, or others half of the time. Packing must not change weights that the
+    // table reads as they are otherwise.
+    if (!products.rounds || random.chance(0.5)) {
+      p.up = rounded_to_bf16(p.up);
+      p.down = rounded_to_bf16(p.down);
+    }
+    if (random.chance(0.5)) {
+      p.x = rounded_to_bf16(p.x);
+      p.dy = rounded_to_bf16(p.dy);
+    }
+  }
   return p;
 }
 
@@ -70,9 +85,16 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   Guarded<T> y(p.rows, p.hidden);
   Guarded<T> pre(p.need_pre ? p.rows : 0, p.inner);
   std::deque<Packed<T>> packed;
-  if (p.packed) {
-    packed.emplace_back(table, p.up, p.inner, p.hidden, threads);
-    packed.emplace_back(table, p.down, p.hidden, p.inner, threads);
+  std::deque<PackedBf16> packed_bf16;
+  const void *up_weight = up.data(), *down_weight = down.data();
+  if (p.packed && p.products.bf16) {
+    if constexpr (std::is_same_v<T, float>) {
+      up_weight = packed_bf16.emplace_back(p.up, p.inner, p.hidden).data();
+      down_weight = packed_bf16.emplace_back(p.down, p.hidden, p.inner).data();
+    }
+  } else if (p.packed) {
+    up_weight = packed.emplace_back(table, p.up, p.inner, p.hidden, threads).data();
+    down_weight = packed.emplace_back(table, p.down, p.hidden, p.inner, threads).data();
   }
   xlmr::FeedForwardForward args{};
   args.dtype = dtype_of<T>();
@@ -83,9 +105,9 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.x = x.data();
   args.x_stride = x.stride();
   args.packed = p.packed;
-  args.up_weight = p.packed ? packed[0].data() : up.data();
+  args.up_weight = up_weight;
   args.up_bias = up_bias.data();
-  args.down_weight = p.packed ? packed[1].data() : down.data();
+  args.down_weight = down_weight;
   args.down_bias = down_bias.data();
   args.hidden_addend = hidden_addend.data();
   args.hidden_addend_stride = hidden_addend.stride();
@@ -93,11 +115,13 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.addend_stride = addend.stride();
   args.y = y.data();
   args.pre = pre.data();
-  run_op(table.feed_forward_forward, args, threads);
+  run_op(p.products.bf16 ? table.bf16.feed_forward_forward : table.feed_forward_forward, args,
+         threads);
   CHECK(x.intact() && up.intact() && down.intact() && up_bias.intact() && down_bias.intact() &&
             hidden_addend.intact() && addend.intact(),
         "an input was changed");
   for (const auto& buffer : packed) CHECK(buffer.intact(), "a packed weight was changed");
+  for (const auto& buffer : packed_bf16) CHECK(buffer.intact(), "a packed weight was changed");
   CHECK(y.intact(), "y was written outside of its elements");
   CHECK(pre.intact(), "pre was written outside of its elements");
   return {y.values(), pre.values()};
@@ -136,7 +160,8 @@ Outputs<T> backward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.ddown_weight = ddown.data();
   args.ddown_bias = ddown_bias.data();
   args.dpre = dpre.data();
-  run_op(table.feed_forward_backward, args, threads);
+  run_op(p.products.bf16 ? table.bf16.feed_forward_backward : table.feed_forward_backward, args,
+         threads);
   CHECK(dy.intact() && x.intact() && up.intact() && down.intact() && pre.intact(),
         "an input was changed");
   Outputs<T> out;
@@ -153,25 +178,27 @@ void check_forward(Line& line, TableRef table, const Problem<T>& p) {
   line.begin(p.sizes());
   const Outputs<T> got =
       run_on_threads(line, [&](int32_t threads) { return forward(table, p, threads); });
+  const std::vector<T> x = operands(p.x, p.products), up = operands(p.up, p.products),
+                       down = operands(p.down, p.products);
   std::vector<Num<R>> pre, y;
   for (int64_t row = 0; row < p.rows; ++row) {
     std::vector<Num<R>> act;
     for (int64_t i = 0; i < p.inner; ++i) {
       Sum<R> sum;
       for (int64_t k = 0; k < p.hidden; ++k) {
-        sum.add_product(R(p.x[size_t(row * p.hidden + k)]), R(p.up[size_t(i * p.hidden + k)]));
+        sum.add_product(R(x[size_t(row * p.hidden + k)]), R(up[size_t(i * p.hidden + k)]));
       }
       if (!p.up_bias.empty()) sum.add(exact(R(p.up_bias[size_t(i)])));
       if (!p.hidden_addend.empty()) {
         sum.add(exact(R(p.hidden_addend[size_t(row * p.inner + i)])));
       }
       pre.push_back(sum.value());
-      act.push_back(stored<T>(activate(p.activation, pre.back())));
+      act.push_back(operand(stored<T>(activate(p.activation, pre.back())), p.products));
     }
     for (int64_t h = 0; h < p.hidden; ++h) {
       Sum<R> sum;
       for (int64_t i = 0; i < p.inner; ++i) {
-        sum.add_product(act[size_t(i)], exact(R(p.down[size_t(h * p.inner + i)])));
+        sum.add_product(act[size_t(i)], exact(R(down[size_t(h * p.inner + i)])));
       }
       if (!p.down_bias.empty()) sum.add(exact(R(p.down_bias[size_t(h)])));
       if (!p.addend.empty()) sum.add(exact(R(p.addend[size_t(row * p.hidden + h)])));
@@ -205,16 +232,19 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
   line.begin(p.sizes());
   const Outputs<T> got =
       run_on_threads(line, [&](int32_t threads) { return backward(table, p, threads); });
-  std::vector<Num<R>> act, dpre, want;
+  const std::vector<T> x = operands(p.x, p.products), dy = operands(p.dy, p.products),
+                       up = operands(p.up, p.products), down = operands(p.down, p.products);
+  std::vector<Num<R>> act, dpre, factor, want;  // act, and factor of dpre, in the products
   for (int64_t row = 0; row < p.rows; ++row) {
     for (int64_t i = 0; i < p.inner; ++i) {
       const Num<R> pre = exact(R(p.pre[size_t(row * p.inner + i)]));
-      act.push_back(stored<T>(activate(p.activation, pre)));
+      act.push_back(operand(stored<T>(activate(p.activation, pre)), p.products));
       Sum<R> sum;
       for (int64_t h = 0; h < p.hidden; ++h) {
-        sum.add_product(R(p.dy[size_t(row * p.hidden + h)]), R(p.down[size_t(h * p.inner + i)]));
+        sum.add_product(R(dy[size_t(row * p.hidden + h)]), R(down[size_t(h * p.inner + i)]));
       }
       dpre.push_back(stored<T>(sum.value() * activation_slope(p.activation, pre)));
+      factor.push_back(operand(dpre.back(), p.products));
     }
   }
   if (p.need[0]) {
@@ -222,8 +252,8 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
       for (int64_t k = 0; k < p.hidden; ++k) {
         Sum<R> sum;
         for (int64_t i = 0; i < p.inner; ++i) {
-          sum.add_product(dpre[size_t(row * p.inner + i)],
-                          exact(R(p.up[size_t(i * p.hidden + k)])));
+          sum.add_product(factor[size_t(row * p.inner + i)],
+                          exact(R(up[size_t(i * p.hidden + k)])));
         }
         want.push_back(sum.value());
       }
@@ -236,8 +266,8 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
       for (int64_t k = 0; k < p.hidden; ++k) {
         Sum<R> sum;
         for (int64_t row = 0; row < p.rows; ++row) {
-          sum.add_product(dpre[size_t(row * p.inner + i)],
-                          exact(R(p.x[size_t(row * p.hidden + k)])));
+          sum.add_product(factor[size_t(row * p.inner + i)],
+                          exact(R(x[size_t(row * p.hidden + k)])));
         }
         want.push_back(sum.value());
       }
@@ -259,8 +289,7 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
       for (int64_t i = 0; i < p.inner; ++i) {
         Sum<R> sum;
         for (int64_t row = 0; row < p.rows; ++row) {
-          sum.add_product(exact(R(p.dy[size_t(row * p.hidden + h)])),
-                          act[size_t(row * p.inner + i)]);
+          sum.add_product(exact(R(dy[size_t(row * p.hidden + h)])), act[size_t(row * p.inner + i)]);
         }
         want.push_back(sum.value());
       }
@@ -284,13 +313,15 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
 // The first and the last `rows` of many have the bits that they have among all, for every number of
 // rows up to two register tiles: each is cut into tiles in its own way.
 template <class T>
-void check_row_counts(Line& line, TableRef table, Random& random, Activation activation) {
-  constexpr int64_t kMost = 27;  // no table's tile has more than 13 rows
-  Problem<T> p = make<T>(random, kMost, 33, 37, activation);
+void check_row_counts(Line& line, TableRef table, Products products, Random& random,
+                      Activation activation) {
+  // Tiles of bfloat16 have 32 rows, no other more than 13.
+  const int64_t most = products.bf16 ? 67 : 27;
+  Problem<T> p = make<T>(random, products, most, 33, 37, activation);
   line.begin("every number of rows: " + p.sizes());
   const std::vector<T> all = forward(table, p, 2)[0];
-  for (int64_t rows = 1; rows < kMost; ++rows) {
-    for (const int64_t first : {int64_t(0), kMost - rows}) {
+  for (int64_t rows = 1; rows < most; ++rows) {
+    for (const int64_t first : {int64_t(0), most - rows}) {
       Problem<T> some = p;
       some.rows = rows;
       some.packed = rows % 2 == 0;
@@ -307,9 +338,10 @@ void check_row_counts(Line& line, TableRef table, Random& random, Activation act
 // The activation over its whole range, through layers that pass numbers on unchanged; forward the
 // value, backward (dpre with dy = 1) the slope. With flush to zero on, too.
 template <class T>
-void check_range(Line& line, TableRef table, Activation activation, bool slope) {
+void check_range(Line& line, TableRef table, Products products, Activation activation, bool slope) {
   using R = Wide<T>;
   Problem<T> p;
+  p.products = products;
   p.hidden = p.inner = 1;
   p.activation = activation;
   p.up = p.down = {T(1)};
@@ -323,9 +355,9 @@ void check_range(Line& line, TableRef table, Activation activation, bool slope) 
   p.dy.assign(p.x.size(), T(1));
   line.begin(text("activation=%d over its range", int(activation)));
   std::vector<Num<R>> want;
-  for (T x : p.x) {
+  for (T x : slope ? p.pre : operands(p.x, products)) {
     want.push_back(slope ? activation_slope(activation, exact(R(x)))
-                         : activate(activation, exact(R(x))));
+                         : operand(activate(activation, exact(R(x))), products));
   }
   for (const bool flush : {false, true}) {
     set_flush_to_zero(flush);
@@ -337,8 +369,9 @@ void check_range(Line& line, TableRef table, Activation activation, bool slope) 
 
 // A NaN in x reaches the outputs of its own row and no other.
 template <class T>
-void check_nan(Line& line, TableRef table, Random& random, Activation activation) {
-  Problem<T> p = make<T>(random, 13, 17, 35, activation);
+void check_nan(Line& line, TableRef table, Products products, Random& random,
+               Activation activation) {
+  Problem<T> p = make<T>(random, products, 13, 17, 35, activation);
   line.begin("NaN in row 6: " + p.sizes());
   const std::vector<T> clean = forward(table, p, 2)[0];
   p.x[6 * 17 + 16] = std::numeric_limits<T>::quiet_NaN();
@@ -351,7 +384,7 @@ void check_nan(Line& line, TableRef table, Random& random, Activation activation
 }
 
 template <class T>
-void run(TableRef table) {
+void run(TableRef table, Products products) {
   const std::vector<Activation> activations = {Activation::gelu, Activation::gelu_tanh,
                                                Activation::relu};
   const std::vector<int64_t> edges = {0,  1,  2,  3,  4,  5,  6,  7,  8,   9,   12,
@@ -378,38 +411,43 @@ void run(TableRef table) {
     }
     cases.push_back({67, 48, 195});
     cases.push_back({131, 33, 130});
+    cases.push_back({1540, 7, 9});                        // more rows than go through at once
     if (kIs16Bits<T>) cases.push_back({1400, 24, 1530});  // of large tiles
   }
   Random fuzz(options().seed);
   for (int64_t i = 0; i < options().fuzz; ++i) {
     cases.push_back({fuzz.between(0, 120), fuzz.between(1, 100), fuzz.between(1, 150)});
   }
-  if (selected("feed_forward_forward")) {
-    Line line(table, dtype_name<T>(), "feed_forward_forward");
-    for (size_t i = 0; i < cases.size(); ++i) {
-      const Sizes& s = cases[i];
-      check_forward(line, table, make<T>(random, s.rows, s.hidden, s.inner, activations[i % 3]));
-    }
+  const auto problem = [&](size_t i) {
+    const Sizes& s = cases[i];
+    return make<T>(random, products, s.rows, s.hidden, s.inner, activations[i % 3]);
+  };
+  const char* name = products.bf16 ? "feed_forward_bf16_forward" : "feed_forward_forward";
+  if (selected(name)) {
+    Line line(table, dtype_name<T>(), name);
+    for (size_t i = 0; i < cases.size(); ++i) check_forward(line, table, problem(i));
     for (Activation activation : activations) {
-      check_range<T>(line, table, activation, false);
-      check_row_counts<T>(line, table, random, activation);
-      check_nan<T>(line, table, random, activation);
+      check_range<T>(line, table, products, activation, false);
+      check_row_counts<T>(line, table, products, random, activation);
+      check_nan<T>(line, table, products, random, activation);
     }
   }
-  if (selected("feed_forward_backward")) {
-    Line line(table, dtype_name<T>(), "feed_forward_backward");
-    for (size_t i = 0; i < cases.size(); ++i) {
-      const Sizes& s = cases[i];
-      check_backward(line, table, make<T>(random, s.rows, s.hidden, s.inner, activations[i % 3]));
+  name = products.bf16 ? "feed_forward_bf16_backward" : "feed_forward_backward";
+  if (selected(name) && (!products.bf16 || products.rounds)) {
+    Line line(table, dtype_name<T>(), name);
+    for (size_t i = 0; i < cases.size(); ++i) check_backward(line, table, problem(i));
+    for (Activation activation : activations) {
+      check_range<T>(line, table, products, activation, true);
     }
-    for (Activation activation : activations) check_range<T>(line, table, activation, true);
   }
 }
 
 }  // namespace
 
 void test_feed_forward(TableRef table) {
-  for_types(table, [&](auto element) { run<decltype(element)>(table); });
+  for_types(table, [&](auto element) { run<decltype(element)>(table, {}); });
 }
+
+void test_feed_forward_bf16(TableRef table) { run<float>(table, bf16_products(table)); }
 
 }  // namespace test

@@ -197,16 +197,24 @@ auto run_on_threads(Line& line, Execute execute) {
 void test_core();
 void test_cpu_budget();
 void test_workspace(TableRef table);
+void test_workspace_bf16(TableRef table);
 void test_linear(TableRef table);
+void test_linear_bf16(TableRef table);
 void test_feed_forward(TableRef table);
+void test_feed_forward_bf16(TableRef table);
 void test_attention(TableRef table);
 void test_layer_norm(TableRef table);
 void test_embedding(TableRef table);
 void test_dropout(TableRef table);
 void test_packing(TableRef table);
 void test_encoder(TableRef table);
+void test_encoder_bf16(TableRef table);
 void test_int8_layout();
 void test_int8(TableRef table);
+void test_bf16_layout();
+void test_bf16_units();
+void test_bf16(TableRef table);  // all ops in bfloat16
+int test_bf16_twins();           // the tables that it ran
 void test_callers(TableRef table);
 void test_cuda(TableRef table);
 

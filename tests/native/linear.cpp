@@ -1,4 +1,5 @@
-// linear_forward and linear_backward.
+// linear_forward and linear_backward, and the same of table.bf16.
+#include "bfloat16.h"
 #include "packed.h"
 
 namespace test {
@@ -16,20 +17,23 @@ struct Problem {
   std::vector<T> dy[3], y;                       // the backward's
   bool need_x = true, need_weight = true, need_bias = true;
   bool packed = false;  // the forward's weights
+  Products products;
 
   std::string sizes() const {
     return text(
         "rows=%lld in=%lld out=%lld parts=%lld activation=%d bias=%d addend=%d "
-        "interleaved=%d gap=%lld need=%d%d%d packed=%d",
+        "interleaved=%d gap=%lld need=%d%d%d packed=%d bf16=%d",
         (long long)rows, (long long)in, (long long)out, (long long)parts, int(activation),
         int(!bias[0].empty()), int(!addend.empty()), int(interleaved), (long long)gap, int(need_x),
-        int(need_weight), int(need_bias), int(packed));
+        int(need_weight), int(need_bias), int(packed), int(products.bf16));
   }
 };
 
 template <class T>
-Problem<T> make(Random& random, int64_t rows, int64_t in, int64_t out, int64_t parts) {
+Problem<T> make(Random& random, Products products, int64_t rows, int64_t in, int64_t out,
+                int64_t parts) {
   Problem<T> p;
+  p.products = products;
   p.rows = rows;
   p.in = in;
   p.out = out;
@@ -54,6 +58,16 @@ Problem<T> make(Random& random, int64_t rows, int64_t in, int64_t out, int64_t p
   p.need_x = random.chance(0.8);
   p.need_weight = random.chance(0.8);
   p.need_bias = random.chance(0.8);
+  if (products.bf16) {
+    // Numbers of bfloat16, or others half of the time. Packing must not change weights that the
+    // table reads as they are otherwise.
+    const bool weights = !products.rounds || random.chance(0.5), others = random.chance(0.5);
+    for (int64_t part = 0; part < parts; ++part) {
+      if (weights) p.weight[part] = rounded_to_bf16(p.weight[part]);
+      if (others) p.dy[part] = rounded_to_bf16(p.dy[part]);
+    }
+    if (others) p.x = rounded_to_bf16(p.x);
+  }
   return p;
 }
 
@@ -110,6 +124,7 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   const Guarded<T> x(p.x, p.rows, p.in, p.in + p.gap);
   std::deque<Guarded<T>> weights, biases;
   std::deque<Packed<T>> packed;
+  std::deque<PackedBf16> packed_bf16;
   const Guarded<T> addend(p.addend, p.addend.empty() ? 0 : p.rows, p.out, p.out + 2 * p.gap);
   const Parts<T> y(p, nullptr);
   xlmr::LinearForward args{};
@@ -123,7 +138,11 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.x_stride = x.stride();
   args.packed = p.packed;
   for (int64_t part = 0; part < p.parts; ++part) {
-    if (p.packed) {
+    if (p.packed && p.products.bf16) {
+      if constexpr (std::is_same_v<T, float>) {
+        args.weight[part] = packed_bf16.emplace_back(p.weight[part], p.out, p.in).data();
+      }
+    } else if (p.packed) {
       packed.emplace_back(table, p.weight[part], p.out, p.in, threads);
       args.weight[part] = packed.back().data();
     } else {
@@ -139,11 +158,12 @@ Outputs<T> forward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.addend = addend.data();
   args.addend_stride = addend.stride();
   args.y_stride = y.stride;
-  run_op(table.linear_forward, args, threads);
+  run_op(p.products.bf16 ? table.bf16.linear_forward : table.linear_forward, args, threads);
   CHECK(x.intact() && addend.intact(), "an input was changed");
   CHECK(y.intact(), "y was written outside of its elements");
   for (const auto& buffer : weights) CHECK(buffer.intact(), "a weight was changed");
   for (const auto& buffer : packed) CHECK(buffer.intact(), "a packed weight was changed");
+  for (const auto& buffer : packed_bf16) CHECK(buffer.intact(), "a packed weight was changed");
   for (const auto& buffer : biases) CHECK(buffer.intact(), "a bias was changed");
   Outputs<T> out;
   for (int64_t part = 0; part < p.parts; ++part) out.push_back(y.values(part));
@@ -182,7 +202,7 @@ Outputs<T> backward(TableRef table, const Problem<T>& p, int32_t threads) {
   args.y = y.data();
   args.dx = dx.data();
   args.dz = dz.data();
-  run_op(table.linear_backward, args, threads);
+  run_op(p.products.bf16 ? table.bf16.linear_backward : table.linear_backward, args, threads);
   CHECK(x.intact() && y.intact() && dy.intact(), "an input was changed");
   CHECK(dx.intact() && dz.intact(), "dx or dz was written outside of its elements");
   Outputs<T> out{dx.values()};
@@ -205,13 +225,15 @@ void check_forward(Line& line, TableRef table, const Problem<T>& p) {
   line.begin(p.sizes());
   const Outputs<T> got =
       run_on_threads(line, [&](int32_t threads) { return forward(table, p, threads); });
+  const std::vector<T> x = operands(p.x, p.products);
   for (int64_t part = 0; part < p.parts; ++part) {
+    const std::vector<T> weight = operands(p.weight[part], p.products);
     std::vector<Num<R>> want;
     for (int64_t row = 0; row < p.rows; ++row) {
       for (int64_t o = 0; o < p.out; ++o) {
         Sum<R> sum;
         for (int64_t k = 0; k < p.in; ++k) {
-          sum.add_product(R(p.x[size_t(row * p.in + k)]), R(p.weight[part][size_t(o * p.in + k)]));
+          sum.add_product(R(x[size_t(row * p.in + k)]), R(weight[size_t(o * p.in + k)]));
         }
         if (!p.bias[part].empty()) sum.add(exact(R(p.bias[part][size_t(o)])));
         if (!p.addend.empty()) sum.add(exact(R(p.addend[size_t(row * p.out + o)])));
@@ -249,7 +271,7 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
   line.begin(p.sizes());
   const Outputs<T> got =
       run_on_threads(line, [&](int32_t threads) { return backward(table, p, threads); });
-  std::vector<Num<R>> dz[3];
+  std::vector<Num<R>> dz[3], factor[3];  // factor: dz in the products
   for (int64_t part = 0; part < p.parts; ++part) {
     for (int64_t i = 0; i < p.rows * p.out; ++i) {
       Num<R> value = exact(R(p.dy[part][size_t(i)]));
@@ -258,17 +280,22 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
         value = stored<T>(value * (exact(R(1)) - y * y));
       }
       dz[part].push_back(value);
+      factor[part].push_back(operand(value, p.products));
     }
   }
   if (p.need_x) {
+    std::vector<T> weight[3];
+    for (int64_t part = 0; part < p.parts; ++part) {
+      weight[part] = operands(p.weight[part], p.products);
+    }
     std::vector<Num<R>> want;
     for (int64_t row = 0; row < p.rows; ++row) {
       for (int64_t k = 0; k < p.in; ++k) {
         Sum<R> sum;
         for (int64_t part = 0; part < p.parts; ++part) {
           for (int64_t o = 0; o < p.out; ++o) {
-            sum.add_product(dz[part][size_t(row * p.out + o)],
-                            exact(R(p.weight[part][size_t(o * p.in + k)])));
+            sum.add_product(factor[part][size_t(row * p.out + o)],
+                            exact(R(weight[part][size_t(o * p.in + k)])));
           }
         }
         want.push_back(sum.value());
@@ -276,6 +303,7 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
     }
     line.compare("dx", got[0], want);
   }
+  const std::vector<T> x = operands(p.x, p.products);
   for (int64_t part = 0; part < p.parts; ++part) {
     if (p.need_weight) {
       std::vector<Num<R>> want;
@@ -283,8 +311,8 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
         for (int64_t k = 0; k < p.in; ++k) {
           Sum<R> sum;
           for (int64_t row = 0; row < p.rows; ++row) {
-            sum.add_product(dz[part][size_t(row * p.out + o)],
-                            exact(R(p.x[size_t(row * p.in + k)])));
+            sum.add_product(factor[part][size_t(row * p.out + o)],
+                            exact(R(x[size_t(row * p.in + k)])));
           }
           want.push_back(sum.value());
         }
@@ -308,13 +336,15 @@ void check_backward(Line& line, TableRef table, const Problem<T>& p) {
 // The first and the last `rows` of many have the bits that they have among all, for every number of
 // rows up to two register tiles: each is cut into tiles in its own way.
 template <class T>
-void check_row_counts(Line& line, TableRef table, Random& random, int64_t in, int64_t out) {
-  constexpr int64_t kMost = 27;  // no table's tile has more than 13 rows
-  Problem<T> p = make<T>(random, kMost, in, out, 1);
+void check_row_counts(Line& line, TableRef table, Products products, Random& random, int64_t in,
+                      int64_t out) {
+  // Tiles of bfloat16 have 32 rows, no other more than 13.
+  const int64_t most = products.bf16 ? 67 : 27;
+  Problem<T> p = make<T>(random, products, most, in, out, 1);
   line.begin("every number of rows: " + p.sizes());
   const std::vector<T> all = forward(table, p, 2)[0];
-  for (int64_t rows = 1; rows < kMost; ++rows) {
-    for (const int64_t first : {int64_t(0), kMost - rows}) {
+  for (int64_t rows = 1; rows < most; ++rows) {
+    for (const int64_t first : {int64_t(0), most - rows}) {
       Problem<T> some = p;
       some.rows = rows;
       some.x = slice(p.x, first * in, rows * in);
@@ -330,10 +360,26 @@ void check_row_counts(Line& line, TableRef table, Random& random, int64_t in, in
   }
 }
 
+// So many rows that they go through in several chunks.
+template <class T>
+void check_chunks(Line& line, TableRef table, Products products, Random& random) {
+  constexpr int64_t kIn = 4200, kOut = 3;
+  const int64_t rows = products.rounds ? 1030 : 510, from = rows - 70;  // by the bytes of a number
+  Problem<T> p = make<T>(random, products, rows, kIn, kOut, 1);
+  p.packed = true;
+  line.begin("chunks of rows: " + p.sizes());
+  Problem<T> last = p;
+  last.rows = rows - from;
+  last.x = slice(p.x, from * kIn, last.rows * kIn);
+  last.addend = slice(p.addend, from * kOut, last.rows * kOut);
+  line.same_bits("the last rows alone", forward(table, last, 1)[0],
+                 slice(forward(table, p, 2)[0], from * kOut, last.rows * kOut));
+}
+
 // One NaN in x reaches the outputs of its own row and no other.
 template <class T>
-void check_nan(Line& line, TableRef table, Random& random) {
-  Problem<T> p = make<T>(random, 19, 33, 21, 1);
+void check_nan(Line& line, TableRef table, Products products, Random& random) {
+  Problem<T> p = make<T>(random, products, 19, 33, 21, 1);
   line.begin("NaN in row 7: " + p.sizes());
   const Outputs<T> clean = forward(table, p, 2);
   p.x[7 * 33 + 5] = std::numeric_limits<T>::quiet_NaN();
@@ -348,9 +394,10 @@ void check_nan(Line& line, TableRef table, Random& random) {
 
 // tanh over its whole range, through a layer that passes x on unchanged.
 template <class T>
-void check_tanh(Line& line, TableRef table) {
+void check_tanh(Line& line, TableRef table, Products products) {
   using R = Wide<T>;
   Problem<T> p;
+  p.products = products;
   p.in = p.out = p.parts = 1;
   p.activation = Activation::tanh;
   p.weight[0] = {T(1)};
@@ -365,21 +412,21 @@ void check_tanh(Line& line, TableRef table) {
   p.rows = int64_t(p.x.size());
   line.begin("tanh over its range");
   std::vector<Num<R>> want;
-  for (T x : p.x) want.push_back(tanh(exact(R(x))));
+  for (T x : operands(p.x, products)) want.push_back(tanh(exact(R(x))));
   line.compare("tanh", forward(table, p, 1)[0], want);
 }
 
+struct Sizes {
+  int64_t rows, in, out;
+};
+
 template <class T>
-void run(TableRef table) {
+std::vector<Sizes> sizes_to_run(Random& random) {
   std::vector<int64_t> edges = {0,  1,  2,  3,  4,  5,  6,   7,   8,   9,   11,  12, 13, 15,
                                 16, 17, 23, 24, 25, 31, 32,  33,  47,  48,  49,  63, 64, 65,
                                 71, 72, 73, 95, 96, 97, 127, 128, 129, 143, 144, 145};
   const std::vector<int64_t> small = {1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 33};
-  struct Sizes {
-    int64_t rows, in, out;
-  };
   std::vector<Sizes> cases;
-  Random random(11);
   for (size_t i = 0; i < edges.size(); i += options().quick ? 6 : 1) {
     const int64_t edge = edges[i];
     cases.push_back({edge, random.pick(small), random.pick(small)});
@@ -407,34 +454,48 @@ void run(TableRef table) {
   for (int64_t i = 0; i < options().fuzz; ++i) {
     cases.push_back({fuzz.between(0, 150), fuzz.between(1, 150), fuzz.between(1, 150)});
   }
-  if (selected("linear_forward")) {
-    Line line(table, dtype_name<T>(), "linear_forward");
+  return cases;
+}
+
+template <class T>
+void run(TableRef table, Products products) {
+  Random random(11);
+  const std::vector<Sizes> cases = sizes_to_run<T>(random);
+  const auto problem = [&](const Sizes& s, int64_t parts) {
+    return make<T>(random, products, s.rows, s.in, s.out, parts);
+  };
+  // check(problem) for every size, in one part and in several.
+  const auto for_sizes = [&](const auto& check) {
     int64_t parts = 0;
     for (const Sizes& s : cases) {
       parts = parts % 3 + 1;
-      check_forward(line, table, make<T>(random, s.rows, s.in, s.out, parts));
-      if (parts != 1 && !options().quick) {
-        check_forward(line, table, make<T>(random, s.rows, s.in, s.out, 1));
-      }
+      check(problem(s, parts));
+      if (parts != 1 && !options().quick && !products.bf16) check(problem(s, 1));
     }
-    check_row_counts<T>(line, table, random, 37, 33);
+  };
+  const char* name = products.bf16 ? "linear_bf16_forward" : "linear_forward";
+  if (selected(name)) {
+    Line line(table, dtype_name<T>(), name);
+    for_sizes([&](const Problem<T>& p) { check_forward(line, table, p); });
+    check_row_counts<T>(line, table, products, random, 37, 33);
     if (!options().quick) {
-      check_row_counts<T>(line, table, random, 1, 7);
-      check_row_counts<T>(line, table, random, 64, 64);
-      check_row_counts<T>(line, table, random, 389, 65);
+      check_row_counts<T>(line, table, products, random, 1, 7);
+      check_row_counts<T>(line, table, products, random, 64, 64);
+      check_row_counts<T>(line, table, products, random, 389, products.bf16 ? 32 : 65);
+      if (!emulates_cuda(table)) check_chunks<T>(line, table, products, random);
     }
-    check_nan<T>(line, table, random);
-    check_tanh<T>(line, table);
+    check_nan<T>(line, table, products, random);
+    check_tanh<T>(line, table, products);
   }
-  if (selected("linear_backward")) {
-    Line line(table, dtype_name<T>(), "linear_backward");
-    int64_t parts = 0;
-    for (const Sizes& s : cases) {
-      parts = parts % 3 + 1;
-      check_backward(line, table, make<T>(random, s.rows, s.in, s.out, parts));
-      if (parts != 1 && !options().quick) {
-        check_backward(line, table, make<T>(random, s.rows, s.in, s.out, 1));
-      }
+  name = products.bf16 ? "linear_bf16_backward" : "linear_backward";
+  if (selected(name) && (!products.bf16 || products.rounds)) {
+    Line line(table, dtype_name<T>(), name);
+    for_sizes([&](const Problem<T>& p) { check_backward(line, table, p); });
+    // So many rows that the gradient of a weight waits in memory between two spans of them.
+    if (!options().quick && !emulates_cuda(table)) {
+      Problem<T> p = problem({products.rounds ? 6200 : 3100, 3, 5}, 1);
+      p.need_weight = true;
+      check_backward(line, table, p);
     }
   }
 }
@@ -442,7 +503,9 @@ void run(TableRef table) {
 }  // namespace
 
 void test_linear(TableRef table) {
-  for_types(table, [&](auto element) { run<decltype(element)>(table); });
+  for_types(table, [&](auto element) { run<decltype(element)>(table, {}); });
 }
+
+void test_linear_bf16(TableRef table) { run<float>(table, bf16_products(table)); }
 
 }  // namespace test

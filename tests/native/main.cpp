@@ -6,9 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "bfloat16.h"
 #include "core/cpu_features.h"
 #include "core/dispatch.h"
-#include "harness.h"
 
 // Makes a team of three threads on any machine. Weak: a build without OpenMP has
 // no such function, and needs none.
@@ -76,6 +76,8 @@ int main(int argc, char** argv) {
 
   test::test_core();
   test::test_int8_layout();
+  test::test_bf16_layout();
+  test::test_bf16_units();
   test::test_cpu_budget();
   int ran = 0;
   for (const xlmr::TableInfo& info : xlmr::built_tables()) {
@@ -94,8 +96,9 @@ int main(int argc, char** argv) {
     }
     test::test_workspace(*info.table);
     test::test_int8(*info.table);
-    // The rest of a table of integer products is the table's below, tested already.
+    // The rest of a table of other products is the table's below, tested already.
     const bool own = info.table->layout == std::string(info.table->name);
+    if (own || test::bf16_products(*info.table).rounds) test::test_bf16(*info.table);
     if (own) {
       test::test_linear(*info.table);
       test::test_feed_forward(*info.table);
@@ -111,6 +114,7 @@ int main(int argc, char** argv) {
     options.threads = threads;
   }
   ran += run_twin() ? 1 : 0;
+  ran += test::test_bf16_twins();
   test::tally().context = "main";
   CHECK(ran > 0, "no table was run");
   std::printf("%lld passed, %lld failed\n", static_cast<long long>(test::tally().passed),

@@ -1,6 +1,7 @@
-// Weights packed by a table, and those of 8 bits, under guard.
+// Weights packed by a table, and those of 8 and of 16 bits, under guard.
 #pragma once
 
+#include "core/bf16_layout.h"
 #include "core/int8_layout.h"
 #include "harness.h"
 
@@ -74,6 +75,28 @@ class PackedInt8 {
  private:
   Guarded<float> packed_;  // aligned to its floats only
   std::vector<float> snapshot_;
+};
+
+class PackedBf16 {
+ public:
+  PackedBf16(const std::vector<float>& weight, int64_t out, int64_t in)
+      : packed_(1, xlmr::packed_bf16_bytes(out, in) / int64_t(sizeof(uint16_t))) {
+    const Guarded<float> source(weight, out, in);
+    xlmr::pack_bf16_weight(out, in, source.data(), packed_.data());
+    CHECK(source.intact(), "packing changed the weight");
+    CHECK(packed_.intact(), "packing wrote outside of packed_bf16_bytes");
+    snapshot_ = packed_.values();
+  }
+  const void* data() const { return packed_.data(); }
+  const std::vector<uint16_t>& values() const { return snapshot_; }
+  bool intact() const {
+    return packed_.intact() &&
+           std::memcmp(packed_.data(), snapshot_.data(), snapshot_.size() * sizeof(uint16_t)) == 0;
+  }
+
+ private:
+  Guarded<uint16_t> packed_;
+  std::vector<uint16_t> snapshot_;
 };
 
 }  // namespace test

@@ -70,8 +70,74 @@ void check_op(const xlmr::Op<Args>& op, const Args& args, const char* name,
   check(sizes, "all sizes");
 }
 
-void check_encoder(TableRef table, xlmr::DType dtype, bool first_only, bool int8_weights) {
-  if (!selected("encoder")) return;
+// The products of linear and feed-forward: a table's own, or those of its bfloat16.
+struct ProductOps {
+  const xlmr::Op<xlmr::LinearForward>& linear_forward;
+  const xlmr::Op<xlmr::LinearBackward>& linear_backward;
+  const xlmr::Op<xlmr::FeedForwardForward>& feed_forward_forward;
+  const xlmr::Op<xlmr::FeedForwardBackward>& feed_forward_backward;
+  const char* names[4];
+};
+
+void check_products(const ProductOps& ops, xlmr::DType dtype, bool packed) {
+  void* data = somewhere<void>();
+  for (int64_t parts = 1; parts <= 3; ++parts) {
+    xlmr::LinearForward forward{};
+    forward.dtype = dtype;
+    forward.rows = forward.in_features = forward.out_features = 17;
+    forward.parts = parts;
+    forward.packed = packed;
+    forward.x = data;
+    xlmr::LinearBackward backward{};
+    backward.dtype = dtype;
+    backward.rows = backward.in_features = backward.out_features = 17;
+    backward.parts = parts;
+    backward.x = backward.dx = data;
+    for (int64_t part = 0; part < parts; ++part) {
+      forward.weight[part] = forward.bias[part] = forward.y[part] = data;
+      backward.weight[part] = backward.dy[part] = data;
+      backward.dweight[part] = backward.dbias[part] = data;
+    }
+    check_op(ops.linear_forward, forward, ops.names[0],
+             {&xlmr::LinearForward::rows, &xlmr::LinearForward::in_features,
+              &xlmr::LinearForward::out_features});
+    check_op(ops.linear_backward, backward, ops.names[1],
+             {&xlmr::LinearBackward::rows, &xlmr::LinearBackward::in_features,
+              &xlmr::LinearBackward::out_features});
+  }
+  {
+    using Args = xlmr::FeedForwardForward;
+    Args args{};
+    args.dtype = dtype;
+    args.activation = xlmr::Activation::gelu;
+    args.rows = args.hidden = args.inner = 17;
+    args.packed = packed;
+    args.x = args.up_weight = args.down_weight = args.y = data;
+    for (void* pre : {static_cast<void*>(nullptr), data}) {
+      args.pre = pre;
+      check_op(ops.feed_forward_forward, args, ops.names[2],
+               {&Args::rows, &Args::hidden, &Args::inner});
+    }
+  }
+  {
+    using Args = xlmr::FeedForwardBackward;
+    Args args{};
+    args.dtype = dtype;
+    args.activation = xlmr::Activation::gelu;
+    args.rows = args.hidden = args.inner = 17;
+    args.dy = args.x = args.up_weight = args.down_weight = args.pre = data;
+    args.dx = args.dup_weight = args.dup_bias = args.ddown_weight = args.ddown_bias = data;
+    for (void* dpre : {static_cast<void*>(nullptr), data}) {
+      args.dpre = dpre;
+      check_op(ops.feed_forward_backward, args, ops.names[3],
+               {&Args::rows, &Args::hidden, &Args::inner});
+    }
+  }
+}
+
+void check_encoder(TableRef table, xlmr::DType dtype, bool first_only, xlmr::WeightFormat weights) {
+  const bool bf16 = weights == xlmr::WeightFormat::bfloat16;
+  if (!selected(bf16 ? "encoder_bf16" : "encoder")) return;
   tally().context = "workspace query of encoder_forward";
   tally().shown = 0;
   const xlmr::EncoderLayer layer{};
@@ -82,7 +148,7 @@ void check_encoder(TableRef table, xlmr::DType dtype, bool first_only, bool int8
   args.num_layers = 1;
   args.layers = &layer;
   args.first_only = first_only;
-  args.int8_weights = int8_weights;
+  args.weights = weights;
   const auto check = [&](const std::vector<int>& grown, const char* which) {
     xlmr::EncoderForward large = args;
     int64_t* sizes[] = {&large.embedding.rows, &large.embedding.hidden, &large.inner, &large.batch,
@@ -105,28 +171,14 @@ void test_workspace(TableRef table) {
   void* data = somewhere<void>();
   for_types(table, [&](auto element) {
     constexpr xlmr::DType dtype = dtype_of<decltype(element)>();
-    for (int64_t parts = 1; parts <= 3; ++parts) {
-      xlmr::LinearForward forward{};
-      forward.dtype = dtype;
-      forward.rows = forward.in_features = forward.out_features = 17;
-      forward.parts = parts;
-      forward.x = data;
-      xlmr::LinearBackward backward{};
-      backward.dtype = dtype;
-      backward.rows = backward.in_features = backward.out_features = 17;
-      backward.parts = parts;
-      backward.x = backward.dx = data;
-      for (int64_t part = 0; part < parts; ++part) {
-        forward.weight[part] = forward.bias[part] = forward.y[part] = data;
-        backward.weight[part] = backward.dy[part] = data;
-        backward.dweight[part] = backward.dbias[part] = data;
-      }
-      check_op(table.linear_forward, forward, "linear_forward",
-               {&xlmr::LinearForward::rows, &xlmr::LinearForward::in_features,
-                &xlmr::LinearForward::out_features});
-      check_op(table.linear_backward, backward, "linear_backward",
-               {&xlmr::LinearBackward::rows, &xlmr::LinearBackward::in_features,
-                &xlmr::LinearBackward::out_features});
+    for (const bool packed : {false, true}) {
+      check_products(
+          {table.linear_forward,
+           table.linear_backward,
+           table.feed_forward_forward,
+           table.feed_forward_backward,
+           {"linear_forward", "linear_backward", "feed_forward_forward", "feed_forward_backward"}},
+          dtype, packed);
     }
     {
       xlmr::PackWeight args{dtype, 17, 17, data, data};
@@ -134,20 +186,9 @@ void test_workspace(TableRef table) {
                {&xlmr::PackWeight::out_features, &xlmr::PackWeight::in_features});
     }
     for (const bool first_only : {false, true}) {
-      check_encoder(table, dtype, first_only, false);
-      if (dtype == xlmr::DType::float32) check_encoder(table, dtype, first_only, true);
-    }
-    {
-      using Args = xlmr::FeedForwardForward;
-      Args args{};
-      args.dtype = dtype;
-      args.activation = xlmr::Activation::gelu;
-      args.rows = args.hidden = args.inner = 17;
-      args.x = args.up_weight = args.down_weight = args.y = data;
-      for (void* pre : {static_cast<void*>(nullptr), data}) {
-        args.pre = pre;
-        check_op(table.feed_forward_forward, args, "feed_forward_forward",
-                 {&Args::rows, &Args::hidden, &Args::inner});
+      check_encoder(table, dtype, first_only, xlmr::WeightFormat::table);
+      if (dtype == xlmr::DType::float32) {
+        check_encoder(table, dtype, first_only, xlmr::WeightFormat::int8);
       }
     }
     {
@@ -162,20 +203,6 @@ void test_workspace(TableRef table) {
       args.rows = args.hidden = args.inner = 17;
       check_op(table.int8.feed_forward_forward, args, "feed_forward_int8_forward",
                {&Args::rows, &Args::hidden, &Args::inner});
-    }
-    {
-      using Args = xlmr::FeedForwardBackward;
-      Args args{};
-      args.dtype = dtype;
-      args.activation = xlmr::Activation::gelu;
-      args.rows = args.hidden = args.inner = 17;
-      args.dy = args.x = args.up_weight = args.down_weight = args.pre = data;
-      args.dx = args.dup_weight = args.dup_bias = args.ddown_weight = args.ddown_bias = data;
-      for (void* dpre : {static_cast<void*>(nullptr), data}) {
-        args.dpre = dpre;
-        check_op(table.feed_forward_backward, args, "feed_forward_backward",
-                 {&Args::rows, &Args::hidden, &Args::inner});
-      }
     }
     {
       using Args = xlmr::AttentionForward;
@@ -245,6 +272,21 @@ void test_workspace(TableRef table) {
       check_op(table.embedding_backward, args, "embedding_backward", {&Args::rows, &Args::hidden});
     }
   });
+}
+
+void test_workspace_bf16(TableRef table) {
+  for (const bool packed : {false, true}) {
+    check_products({table.bf16.linear_forward,
+                    table.bf16.linear_backward,
+                    table.bf16.feed_forward_forward,
+                    table.bf16.feed_forward_backward,
+                    {"linear_bf16_forward", "linear_bf16_backward", "feed_forward_bf16_forward",
+                     "feed_forward_bf16_backward"}},
+                   xlmr::DType::float32, packed);
+  }
+  for (const bool first_only : {false, true}) {
+    check_encoder(table, xlmr::DType::float32, first_only, xlmr::WeightFormat::bfloat16);
+  }
 }
 
 }  // namespace test

@@ -75,9 +75,10 @@ def add_dtype(group: Any) -> None:
     """--dtype of what runs."""
     group.add_argument(
         "--dtype",
-        choices=("float32", "int8"),
-        help="of the weights while they run; int8 is faster and less exact, see `xlmr-ext "
-        "quantize` (default: float32, or a frozen model's own)",
+        choices=("float32", "bfloat16", "int8", "auto"),
+        help="of the weights while they run; bfloat16 and int8 are faster and less exact, see "
+        "`xlmr-ext quantize`; auto: bfloat16 where the processor has units for it, see `xlmr-ext "
+        "info` (default: float32, or a frozen model's own)",
     )
 
 

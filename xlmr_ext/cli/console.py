@@ -49,8 +49,11 @@ def check_device(arguments: argparse.Namespace) -> None:
     """ValueError where torch lacks the device; bad usage where --dtype does not go with it."""
     if arguments.device == "cpu":
         return
-    if getattr(arguments, "dtype", None) == "int8":
-        arguments.parser.error(f"--dtype int8 is for the CPU, and --device is {arguments.device}")
+    dtype = getattr(arguments, "dtype", None)
+    if dtype in ("bfloat16", "int8"):
+        arguments.parser.error(
+            f"--dtype {dtype} is for the CPU, and --device is {arguments.device}"
+        )
     import torch
 
     from xlmr_ext.loading import require_device

@@ -11,7 +11,7 @@ NAME = "info"
 SUMMARY = "describe this build and machine"
 DESCRIPTION = """\
 Say what this build is and how it would run here: version, compiler, kernel tables, the one chosen
-and why, threads, torch, CUDA. XLMR_EXT_ISA chooses a table."""
+and why, what --dtype auto is, threads, torch, CUDA. XLMR_EXT_ISA chooses a table."""
 
 EXAMPLES = """\
 examples:
@@ -27,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     count = use_threads(arguments)
     from xlmr_ext import build_info
+    from xlmr_ext.frozen import auto_dtype
 
     info = dict(build_info())
+    has = "has" if info["bf16_units"] else "has no"
+    info["dtype_auto"] = f"{auto_dtype()}: the table {has} products in bfloat16"
     info["threads"] = count
     info["threads_by"] = threads(arguments)[1]
     if arguments.json:

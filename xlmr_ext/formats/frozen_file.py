@@ -44,7 +44,8 @@ FROZEN_NAME = "frozen.safetensors"
 _FORMAT, _VERSION = "xlmr_ext_frozen", "1"
 _ALIGN = 64
 _ENCODER, _FILLER, _WORDS = "encoder.layer.", "filler.", "word_embeddings."
-_INT8_LAYOUT = "int8-16x4"
+# Layouts that all tables read, and the type of their weights.
+_LAYOUTS = {"int8": ("int8-16x4", torch.int8), "bfloat16": ("bf16-32x2", torch.bfloat16)}
 _PANELS = re.compile(r"panels-([1-9]\d{0,3})")
 _DTYPES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
 _SUMMED = 4096  # bytes
@@ -78,16 +79,16 @@ class FrozenFile:
         if header != _header_checksum(facts, entries):
             raise _damaged(path, "its header")
         self._facts = facts
-        self.is_int8 = facts.get("dtype") == "int8"
-        found = facts.get("layout", "")
+        dtype, found = facts.get("dtype", ""), facts.get("layout", "")
+        self.is_int8 = dtype == "int8"
         panels = _PANELS.fullmatch(found)
-        if facts.get("dtype") not in ("float32", "int8") or (
-            found != _INT8_LAYOUT if self.is_int8 else panels is None
-        ):
+        known = _LAYOUTS.get(dtype)
+        if (found != known[0]) if known else (dtype != "float32" or panels is None):
             raise ValueError(
                 f"{path}: its weights are {facts.get('dtype')!r} in the layout {found!r}, which "
                 "this release does not know"
             )
+        self._shared = None if known is None else known[1]
         self._columns = 0 if panels is None else int(panels[1])
         self._encoder = [key for key in entries if key.startswith(_ENCODER)]
         self.shapes = {
@@ -171,8 +172,8 @@ class FrozenFile:
         self, key: str, data: Tensor, size: tuple[int, int], own: tuple[str, int]
     ) -> PackedWeight:
         out_features, in_features = size
-        if self.is_int8:
-            return PackedWeight(data, *size, torch.int8, ANY_TABLE)
+        if self._shared is not None:
+            return PackedWeight(data, *size, self._shared, ANY_TABLE)
         columns = self._columns
         panels = -(-out_features // columns)
         if data.dtype != torch.uint8 or data.numel() != panels * columns * in_features * 4:
@@ -211,19 +212,20 @@ def write_frozen_file(
     """Writes the file.
 
     Args:
-        encoder: packed in float32 or int8.
+        encoder: packed in float32, bfloat16 or int8.
         others: the other entries, by name.
         model: the class.
     """
     entries = packed_entries(encoder) | {n: t.detach().contiguous() for n, t in others.items()}
     words = {name: tensor for name, tensor in entries.items() if _WORDS in name}
     runs = {name: tensor for name, tensor in entries.items() if name not in words}
-    int8 = encoder.int8
+    dtype = str(encoder.weight_dtype).removeprefix("torch.")
+    shared = _LAYOUTS.get(dtype)
     facts = {
         "format": _FORMAT,
         "version": _VERSION,
-        "dtype": "int8" if int8 else "float32",
-        "layout": _INT8_LAYOUT if int8 else f"panels-{_own_layout()[1]}",
+        "dtype": dtype,
+        "layout": shared[0] if shared else f"panels-{_own_layout()[1]}",
         "model": model,
         "checksum": _checksum(sorted(runs.items())),
         "checksum_words": _checksum(sorted(words.items())),

@@ -194,10 +194,8 @@ class Loop:
         Each counts by its share of what the mean loss is a mean over, so that the gradient is that
         of all examples as one batch.
         """
-        at, size = self.at, self.settings.batch_size
-        at.rate = self.settings.learning_rate * linear_schedule(
-            at.step + 1, self.total, self.warmup
-        )
+        at, settings, size = self.at, self.settings, self.settings.batch_size
+        at.rate = settings.learning_rate * linear_schedule(at.step + 1, self.total, self.warmup)
         set_rate(optimizer, at.rate)
         parts = [examples[first : first + size] for first in range(0, len(examples), size)]
         items = [self.task.items([data.targets[e] for e in part]) for part in parts]
@@ -209,7 +207,11 @@ class Loop:
                 pad_token_id=int(self.model.config.pad_token_id),
                 device=self.model.device,
             )
-            loss = self.task.loss(self.model, batch, [data.targets[example] for example in part])
+            device = self.model.device.type
+            with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
+                loss = self.task.loss(
+                    self.model, batch, [data.targets[example] for example in part]
+                )
             if len(parts) > 1:
                 loss = loss * (count / sum(items))
             value += float(loss.detach())
@@ -220,7 +222,7 @@ class Loop:
         norm = float(
             torch.nn.utils.clip_grad_norm_(
                 [p for group in optimizer.param_groups for p in group["params"]],
-                self.settings.max_grad_norm or math.inf,
+                settings.max_grad_norm or math.inf,
             )
         )
         if not math.isfinite(norm):

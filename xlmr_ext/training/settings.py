@@ -23,6 +23,7 @@ class Settings:
     max_length: int
     seed: int
     bucket_batches: int
+    bf16: bool
     label_smoothing: float
     class_weights: tuple[float, ...] | str | None
     eval_steps: int | None
