@@ -10,7 +10,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
@@ -128,14 +128,12 @@ def text_files(given: Given, name: str) -> dict[str, list[Path]]:
 def scan_corpus(
     files: Mapping[str, Sequence[Path]],
     known: Sequence[Mapping[str, Any]] = (),
-    told: Callable[[str], object] | None = None,
 ) -> Corpus:
     """Reads every file through once, in constant memory, so that a bad one is found now.
 
     Args:
         known: :meth:`Corpus.rows` of before: a file whose size and time of change are those of
             then is taken for the same and not read.
-        told: called with each path that is read.
 
     Raises:
         DataError: a file is not UTF-8 (which names the line), has no text, or is no whole gzip.
@@ -153,8 +151,6 @@ def scan_corpus(
             ):
                 found.append(old)
                 continue
-            if told is not None:
-                told(str(path))
             found.append(_scanned(language, path, state))
     return Corpus(tuple(found))
 
