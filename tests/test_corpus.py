@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -147,6 +148,12 @@ def test_text_that_is_none_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=message):
             corpus_of(de=[good, tmp_path / name])
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: expected a file, .*, not a pipe"):
+        corpus_of(de=tmp_path / "pipe")
 
 
 def test_bad_bytes_beyond_the_first_chunk(tmp_path: Path) -> None:

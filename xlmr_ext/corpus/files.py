@@ -9,6 +9,7 @@ import codecs
 import glob
 import gzip
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,6 +196,8 @@ def _named(path: Path) -> str:
 
 def _scanned(language: str, path: Path, state: os.stat_result) -> TextFile:
     _refuse_tables(path)
+    if not stat.S_ISREG(state.st_mode):
+        raise DataError(f"{path}: expected a file, which is read more than once, not a pipe")
     with path.open("rb") as stream:
         is_gzip = stream.read(2) == _GZIP
     if path.suffix == ".gz" and not is_gzip and state.st_size:
