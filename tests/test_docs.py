@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -61,6 +62,9 @@ def write_files(folder: Path) -> None:
         (folder / name).write_text(lines, encoding="utf-8")
     masked = "".join(f"{text.split()[0]} <mask>.\n" for texts in TEXTS.values() for text in texts)
     (folder / "masked.txt").write_text(masked, encoding="utf-8")
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "en.txt").write_text(lines * 4, encoding="utf-8")
+    (folder / "corpus" / "de.txt.gz").write_bytes(gzip.compress(lines.encode()))
     (folder / "entities.iob2").write_text(IOB2 * 2, encoding="utf-8")
     answer = {"text": "Paris", "answer_start": CONTEXT.index("Paris")}
     question = {"id": "1", "question": "Wohin fuhr Anna?", "answers": [answer]}

@@ -32,14 +32,14 @@ LAYERS = [
     "pretrained",
     "modeling",
     ("heads", "masked_lm"),
-    "prediction",
+    ("prediction", "corpus.mixture"),
     "tasks.base",
     ("tasks.classification", "tasks.tokens", "tasks.answers", "tasks.choice"),
     ("training", "inference", "tasks.entities", "tasks.question_answerer"),
     ("tasks.embeddings", "tasks.fill_mask", "tasks.zero_shot"),
     ("pipelines", "report"),
     ("cli.task_arguments", "cli.reporting"),
-    ("cli.finetune", "cli.predict", "cli.eval"),
+    ("cli.finetune", "cli.pretrain", "cli.predict", "cli.eval"),
     "cli",
 ]
 

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nursery import Nursery
 from safetensors.torch import load_file
 from stub_classifier import StubClassifier
 from stub_runs import rows, run
@@ -335,9 +334,7 @@ def test_a_full_disk_keeps_the_last_good_state(
 
 # --- Killed ---------------------------------------------------------------------------------------
 
-# A process that has imported everything and computed nothing, so that a child of it starts at once.
-NURSERY = """
-import json, os, signal, sys, time
+TRAIN = """
 import torch
 import xlmr_ext
 from xlmr_ext import XLMRobertaConfig, XLMRobertaForSequenceClassification
@@ -358,7 +355,7 @@ def train(folder, tell):
     )
     model = XLMRobertaForSequenceClassification(config)
     tokenizer = StubTokenizer()
-    os.write(tell, b"!")
+    tell()
     result = finetune(
         model, tokenizer, rows(60), dev=rows(16, 1), output_dir=folder, resume=True,
         task=ClassificationTask(model, tokenizer, max_length=16),
@@ -366,56 +363,7 @@ def train(folder, tell):
         weight_decay=0.3, eval_steps=5, save_steps=3, keep_last=True, layer_decay=0.9,
     )
     print("resumed at", result.resumed_at, flush=True)
-
-for line in sys.stdin:
-    folder, kill_after = json.loads(line)
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            train(folder, tell)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(tell)
-    os.read(ready, 1)
-    started = time.monotonic()
-    os.close(ready)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)  # it is waited for below, so the number is still its own
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps(["exit", code, time.monotonic() - started]), flush=True)
 """
-
-
-class Nursery:
-    """Trains in a child of its own, which can be killed."""
-
-    def __init__(self) -> None:
-        paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
-
-    def train(self, folder: Path, kill_after: float | None = None) -> tuple[int, float]:
-        """The child's exit code, and its seconds in `finetune`, which ``kill_after`` counts."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps([str(folder), kill_after]), file=self._process.stdin, flush=True)
-        while not (line := self._process.stdout.readline()).startswith('["exit"'):
-            assert line, "the process that trains has died"
-        _, code, seconds = json.loads(line)
-        return code, seconds
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -430,7 +378,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     of a state or a checkpoint, and some before there is one.
     """
     source = random.Random(seed)
-    nursery = Nursery()
+    nursery = Nursery(TRAIN)
     try:
         code, _ = nursery.train(tmp_path / "warm-up")
         assert code == 0

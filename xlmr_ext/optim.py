@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,13 @@ def adamw(
         for p in group["params"]
     )
     return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
+    """Scales the gradient of all parameters together down to this 2-norm; its norm before. None
+    only measures."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -81,6 +81,9 @@ def _arguments(
                 command.error(f"{path}: {key} must be true or false, got {value!r}")
             given += [f"--{name}"] if value else []
             continue
+        if action.nargs == "+" and isinstance(value, list) and all(map(_text, value)):
+            given += [f"--{name}", *map(str, value)]
+            continue
         text = _text(value)
         if text is None:
             command.error(f"{path}: {key} must be a number or a text, got {value!r}")

@@ -21,6 +21,7 @@ from xlmr_ext.cli import (
     finetune,
     info,
     predict,
+    pretrain,
     quantize,
     similarity,
     tokenize,
@@ -49,6 +50,7 @@ class Command(Protocol):
 # In the order of --help.
 _MODULES = (
     finetune,
+    pretrain,
     predict,
     evaluate,
     embed,

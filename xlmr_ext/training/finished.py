@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_model
 
@@ -35,20 +35,10 @@ def finished_run(
     Raises:
         ResumeError: it was another run, or its weights are not there.
     """
-    path = directory / LOG_NAME
-    if not path.is_file():
+    log = ended_log(directory, identity, model)
+    if log is None:
         return None
-    log = read_json(path, dict, what="a training log")
-    end = log.get("end")
-    if not isinstance(end, dict):
-        return None
-    identity.check(end["run"], f"the run in {directory}")
-    weights = directory / _WEIGHTS
-    if not weights.is_file():
-        raise ResumeError(
-            f"the run in {directory} has ended, and its weights, {_WEIGHTS}, are not there"
-        )
-    load_model(model, str(weights))
+    end = log["end"]
     return FinetuneResult(
         history=[EpochRecord.from_row(row) for row in log["history"]],
         losses=log["losses"],
@@ -64,3 +54,26 @@ def finished_run(
         stopped_early=end["stopped_early"],
         resumed_at=len(log["losses"]),
     )
+
+
+def ended_log(directory: Path, identity: Identity, model: PreTrainedModel) -> dict[str, Any] | None:
+    """The log of the run in a directory, where it has ended; the model then has its weights.
+
+    Raises:
+        ResumeError: it was another run, or its weights are not there.
+    """
+    path = directory / LOG_NAME
+    if not path.is_file():
+        return None
+    log: dict[str, Any] = read_json(path, dict, what="a training log")
+    end = log.get("end")
+    if not isinstance(end, dict):
+        return None
+    identity.check(end["run"], f"the run in {directory}")
+    weights = directory / _WEIGHTS
+    if not weights.is_file():
+        raise ResumeError(
+            f"the run in {directory} has ended, and its weights, {_WEIGHTS}, are not there"
+        )
+    load_model(model, str(weights))
+    return log

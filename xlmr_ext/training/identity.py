@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from xlmr_ext.pretrained import PreTrainedModel
     from xlmr_ext.tasks.base import Features, Task
     from xlmr_ext.training.settings import Settings
+
+
+class HasPlaces(Protocol):
+    """Data that says where a part of it is from."""
+
+    def where(self, example: int, /) -> str: ...
 
 
 class ResumeError(ValueError):
@@ -29,12 +35,14 @@ class Identity:
     Args:
         settings: of :class:`Settings`, and the task, its labels and whether the vocabulary is cut.
         model: a checksum of what training does not change, and the shapes of the rest.
+        unit: what ``train`` and ``dev`` have a digest of each.
     """
 
     settings: Mapping[str, Any]
     model: str
     train: NDArray[np.int64]
     dev: NDArray[np.int64]
+    unit: str = "examples"
 
     @classmethod
     def of(
@@ -56,7 +64,7 @@ class Identity:
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in {**asdict(settings), **own}.items()
             },
-            _fingerprint(model, is_narrow),
+            fingerprint(model, is_narrow),
             _digests(train),
             none if dev is None else _digests(dev),
         )
@@ -75,7 +83,7 @@ class Identity:
         before: Mapping[str, Any],
         where: str,
         digests: Mapping[str, NDArray[np.int64]] | None = None,
-        features: Mapping[str, Features | None] | None = None,
+        features: Mapping[str, HasPlaces | None] | None = None,
     ) -> None:
         """ResumeError that shows what differs from another run.
 
@@ -99,9 +107,9 @@ class Identity:
             )
         for name, now in (("train", self.train), ("dev", self.dev)):
             if before[name] != _short(now):
-                what = f"{name} had {before[name]['examples']} examples, now {len(now)}"
+                what = f"{name} had {before[name]['examples']} {self.unit}, now {len(now)}"
                 if before[name]["examples"] == len(now):
-                    what = f"{name} has as many examples, and others among them"
+                    what = f"{name} has as many {self.unit}, and others among them"
                     known = (features or {}).get(name)
                     if digests is not None and known is not None:
                         first = int(np.flatnonzero(digests[name] != now)[0])
@@ -136,7 +144,7 @@ def _digests(features: Features) -> NDArray[np.int64]:
     return found
 
 
-def _fingerprint(model: PreTrainedModel, is_narrow: bool) -> str:
+def fingerprint(model: PreTrainedModel, is_narrow: bool) -> str:
     """A checksum of names, shapes and types, and of the values that no saved state holds."""
     checksum = 0
     table = model.get_submodule("roberta.embeddings.word_embeddings").weight if is_narrow else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,13 @@ import torch
 
 from xlmr_ext.chance import ChanceWarning, signs_of_chance
 from xlmr_ext.data import LengthBatches, packed
-from xlmr_ext.optim import adamw, linear_schedule, set_rate, warmup_steps
+from xlmr_ext.optim import adamw, clip_gradients, linear_schedule, set_rate, warmup_steps
 from xlmr_ext.prediction import Evaluation
+from xlmr_ext.training.divergence import stop_if_diverged
 from xlmr_ext.training.meter import Meter
 from xlmr_ext.training.records import EpochRecord, FinetuneResult
 from xlmr_ext.training.state import set_generators
+from xlmr_ext.training.tensors import restore_trained, trained_tensors
 
 if TYPE_CHECKING:
     from xlmr_ext.optim import NarrowVocabulary
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 _LOW_RATE = 1e-5
 # Writing the state may take as long as an epoch on few texts.
 STATE_SECONDS = 300.0
-_MOST_PLACES = 16  # of a batch, in a message
 
 
 @dataclass
@@ -215,18 +215,11 @@ class Loop:
             if len(parts) > 1:
                 loss = loss * (count / sum(items))
             value += float(loss.detach())
-            if not math.isfinite(value):
-                raise ArithmeticError(self._diverged(f"the loss is {value}", data, part))
+            self._check_finite("the loss", value, data, part)
             loss.backward()
             tokens += batch.input_ids.numel()
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(
-                [p for group in optimizer.param_groups for p in group["params"]],
-                settings.max_grad_norm or math.inf,
-            )
-        )
-        if not math.isfinite(norm):
-            raise ArithmeticError(self._diverged(f"the gradient's norm is {norm}", data, examples))
+        norm = clip_gradients(optimizer, settings.max_grad_norm)
+        self._check_finite("the gradient's norm", norm, data, examples)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.narrow is not None:
@@ -239,15 +232,16 @@ class Loop:
         assert self.meter is not None
         self.meter.end(value, tokens)
 
-    def _diverged(self, what: str, data: Features, examples: Sequence[int]) -> str:
-        places = list(dict.fromkeys(map(data.where, examples)))
-        batch = ", ".join(places[:_MOST_PLACES])
-        if len(places) > _MOST_PLACES:
-            batch += f" and {len(places) - _MOST_PLACES} more"
-        return (
-            f"training diverged {self.where()}: {what} on the batch of {batch} at a learning rate "
-            f"of {self.at.rate:.3g}; lower the learning rate, or look for damaged weights; "
-            f"{self.checkpoints.told()}"
+    def _check_finite(
+        self, what: str, value: float, data: Features, examples: Sequence[int]
+    ) -> None:
+        stop_if_diverged(
+            what,
+            value,
+            batch=map(data.where, examples),
+            where=self.where(),
+            rate=self.at.rate,
+            told=self.checkpoints.told(),
         )
 
     def _log_step(self) -> None:
@@ -351,13 +345,7 @@ class Loop:
         )
         if self.state is None or not due or at.step == self.total:
             return
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                tensors[f"model.{name}"] = parameter
-                for key, value in optimizer.state[parameter].items():
-                    tensors[f"optimizer.{key}.{name}"] = value
-        tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
+        tensors = trained_tensors(self.model, optimizer)
         if at.best_step != at.step:  # else they are the weights of now
             tensors |= {f"best.{name}": value for name, value in (self.best_weights or {}).items()}
         facts = {
@@ -384,22 +372,11 @@ class Loop:
             self.narrow.restore(facts["narrow"])
         set_generators(facts["generators"], tensors)
         parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                saved = tensors.pop(f"buffer.{name}")
-                if not torch.equal(buffer.cpu(), saved):
-                    buffer.copy_(saved)
-            best = {name[5:]: tensors.pop(name) for name in [*tensors] if name.startswith("best.")}
-            self.best_weights = {
-                name: value.to(parameters[name].device) for name, value in best.items()
-            } or None
-            for name, value in tensors.items():
-                kind, _, rest = name.partition(".")
-                if kind == "model":
-                    parameters[rest].copy_(value)
-                    continue
-                key, _, owner = rest.partition(".")
-                optimizer.state[parameters[owner]][key] = value.to(parameters[owner].device)
+        best = {name[5:]: tensors.pop(name) for name in [*tensors] if name.startswith("best.")}
+        self.best_weights = {
+            name: value.to(parameters[name].device) for name, value in best.items()
+        } or None
+        restore_trained(self.model, optimizer, tensors)
         if facts["has_best"] and self.best_weights is None:
             self.best_weights = self._trained_weights()
         self.log.write("resume", step=self.at.step)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-import torch
 
 from xlmr_ext.data import check_vocabulary
 from xlmr_ext.optim import NarrowVocabulary
@@ -22,6 +18,7 @@ from xlmr_ext.training.identity import Identity
 from xlmr_ext.training.log import STEPS_NAME, StepLog
 from xlmr_ext.training.loop import Loop
 from xlmr_ext.training.records import TrainingInterrupted
+from xlmr_ext.training.seeds import seed_everything
 from xlmr_ext.training.settings import Settings, check_count
 from xlmr_ext.training.state import StateFile
 
@@ -30,13 +27,6 @@ if TYPE_CHECKING:
     from xlmr_ext.tasks.base import Task
     from xlmr_ext.tokenization import XLMRobertaTokenizer
     from xlmr_ext.training.records import EpochRecord, FinetuneResult
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the global generators of Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def finetune(

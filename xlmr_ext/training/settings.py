@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from xlmr_ext.tasks.weighting import check_smoothing
 
@@ -39,24 +40,44 @@ class Settings:
                 check_count(name, value)
                 if not has_dev:
                     raise ValueError(f"{name} came without dev, the data to evaluate on")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio must be from 0 to 1, got {self.warmup_ratio}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        check_recipe(self)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
         check_smoothing(self.label_smoothing)
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0 or None, got {self.max_grad_norm}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
 
     @property
     def step_size(self) -> int:
         """Examples of an optimiser step."""
         return self.batch_size * self.gradient_accumulation_steps
+
+
+class Recipe(Protocol):
+    """What every run has, whatever it learns."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """ValueError where one of these is out of its range."""
+    if not (recipe.learning_rate > 0 and math.isfinite(recipe.learning_rate)):
+        raise ValueError(f"learning_rate must be above 0, got {recipe.learning_rate}")
+    if not 0 <= recipe.warmup_ratio <= 1:
+        raise ValueError(f"warmup_ratio must be from 0 to 1, got {recipe.warmup_ratio}")
+    if not (recipe.weight_decay >= 0 and math.isfinite(recipe.weight_decay)):
+        raise ValueError(f"weight_decay must be 0 or more, got {recipe.weight_decay}")
+    if recipe.max_grad_norm is not None and not recipe.max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0 or None, got {recipe.max_grad_norm}")
+    if not 0 <= recipe.seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {recipe.seed}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

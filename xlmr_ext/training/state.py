@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,8 @@ from torch import Tensor
 from xlmr_ext.files import replace_files
 from xlmr_ext.formats.weights_file import open_safetensors
 from xlmr_ext.saving import SaveError, interrupts_wait
-from xlmr_ext.training.identity import Identity, ResumeError, bytes_of, checksum_of
+from xlmr_ext.training.identity import HasPlaces, Identity, ResumeError, bytes_of, checksum_of
 from xlmr_ext.weights import tensors_to_save, write_weights
-
-if TYPE_CHECKING:
-    from xlmr_ext.tasks.base import Features
 
 STATE_NAME = "xlmr_ext_training_state.safetensors"
 
@@ -55,7 +52,7 @@ class StateFile:
         entries = tensors_to_save({**tensors, **_generator_tensors(), **self._digests()})
         content = {
             "version": _VERSION,
-            "facts": dict(facts),
+            "facts": {**facts, "step": step},
             "identity": self.identity.as_row(),
             "generators": _generators(),
             "checksums": {name: checksum_of(entry) for name, entry in entries.items()},
@@ -81,7 +78,7 @@ class StateFile:
         self._saved = step
 
     def load(
-        self, train: Features, dev: Features | None
+        self, train: HasPlaces, dev: HasPlaces | None
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Facts and tensors of a state of this run; None without a file.
 
@@ -105,7 +102,7 @@ class StateFile:
             {"train": train, "dev": dev},
         )
         facts: dict[str, Any] = {**content["facts"], "generators": content["generators"]}
-        self._saved = len(facts["position"]["losses"])
+        self._saved = facts["step"]
         return facts, tensors
 
     def remove(self) -> None:
