@@ -170,7 +170,7 @@ class _FeedForward(torch.autograd.Function):
             bf16,
         )  # fmt: skip
         ctx.activation, ctx.bf16 = activation, bf16
-        ctx.save_for_backward(x, up_weight, down_weight, pre)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up_weight, down_weight, pre)
         result: Tensor = y
         return result
 
@@ -178,9 +178,11 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         need = ctx.needs_input_grad
+        x, up_weight, down_weight, pre = ctx.saved_tensors
+        # Up's weight alone asks for x itself; the rest of its shape, which is grad_y's.
         grads = ops.feed_forward_backward(
-            grad_y, *ctx.saved_tensors, ctx.activation, need[0], need[1], need[2], need[3],
-            need[4], need[5], ctx.bf16,
+            grad_y, grad_y if x is None else x, up_weight, down_weight, pre, ctx.activation,
+            need[0], need[1], need[2], need[3], need[4], need[5], ctx.bf16,
         )  # fmt: skip
         return (
             *(_or_none(n, g) for n, g in zip(need[:6], grads, strict=True)),

@@ -39,6 +39,7 @@ from xlmr_ext.formats.weights_file import (
     open_torch_weights,
 )
 from xlmr_ext.weights import (
+    Pieces,
     Plan,
     check_dtypes,
     match_entries,
@@ -193,7 +194,7 @@ def save_model(
     *,
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    state_dict: Mapping[str, Tensor | Pieces] | None = None,
 ) -> None:
     """Writes ``config.json`` and the weights; see PreTrainedModel.save_pretrained."""
     config = model.config_to_save()
@@ -203,7 +204,8 @@ def save_model(
     tensors = tensors_to_save(own if state_dict is None else _without_twins(state_dict, own))
     single, index = (variant_name(name, variant) for name in _SAFETENSORS)
     old_shards = _shards_in(Path(directory), variant)
-    shards, index_text = split_into_shards(tensors, max_shard_size, single, taken=old_shards)
+    sizes = {name: _without_data(entry) for name, entry in tensors.items()}
+    shards, index_text = split_into_shards(sizes, max_shard_size, single, taken=old_shards)
     # Each step leaves the old weights or the new ones: the single file comes before an index for
     # whoever loads, and new shards have names that the old index does not know.
     order = [index, single] if index_text else [single, index]
@@ -221,13 +223,26 @@ def save_model(
         (fresh / CONFIG_NAME).write_bytes(text)
 
 
-def _without_twins(entries: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_data(entry: Tensor | Pieces) -> Tensor:
+    if isinstance(entry, Tensor):
+        return entry
+    return torch.empty(tuple(entry.shape), dtype=entry.dtype, device="meta")
+
+
+def _without_twins(
+    entries: Mapping[str, Tensor | Pieces], own: Mapping[str, Tensor]
+) -> dict[str, Tensor | Pieces]:
     """The entries without the later names of what the model shares, which stands there already."""
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Tensor | Pieces] = {}
     first: dict[int, str] = {}
     for name, entry in entries.items():
         other = first.setdefault(id(own[name]), name) if name in own else name
-        if other == name or not torch.equal(entry, kept[other]):
+        twin = kept.get(other)
+        if (
+            not isinstance(twin, Tensor)
+            or not isinstance(entry, Tensor)
+            or not torch.equal(entry, twin)
+        ):
             kept[name] = entry
     return kept
 

@@ -460,7 +460,11 @@ class XLMRobertaEncoder(nn.Module):
             arguments = [hidden, cu_seqlens, max_seqlen, dropout, layer_sites(index), attend]
             if first_only and index + 1 == len(self.layer):
                 arguments.append(first_only)
-            if settings is not None and index % self.checkpoint_every == 0:
+            if (
+                settings is not None
+                and index % self.checkpoint_every == 0
+                and (hidden.requires_grad or any(p.requires_grad for p in layer.parameters()))
+            ):
                 out = checkpoint(layer, *arguments, **settings)
             else:
                 out = layer(*arguments)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from xlmr_ext.layers import is_plain
+from xlmr_ext.mapped_memory import give_back
+from xlmr_ext.weights import Pieces
 
 if TYPE_CHECKING:
     from xlmr_ext.pretrained import PreTrainedModel
@@ -108,6 +110,9 @@ class NarrowVocabulary:
     The result is that of training the whole table up to rounding, while gradient and optimiser
     state shrink from 250,002 rows to some thousands.
 
+    The whole table itself is left as it lies, as a rule in a mapped file, until the end: a
+    checkpoint gets it piece by piece from :meth:`table`, so it need not be in memory.
+
     Args:
         model: a model whose ``roberta.embeddings.word_embeddings`` is a plain trainable
             ``torch.nn.Embedding``; see :meth:`applies`.
@@ -128,8 +133,9 @@ class NarrowVocabulary:
         self._place = {int(row): place for place, row in enumerate(rows)}
         self._rows = torch.from_numpy(rows).to(self._whole.device)
         self._pending_decay = 1.0
-        self._applied: list[float] = []
-        self.weight = torch.nn.Parameter(self._whole.detach()[self._rows])
+        self._applied: list[float] = []  # to the rows without data, one after the other
+        self._is_whole = False
+        self.weight = torch.nn.Parameter(self.cut(self._whole.detach()))
 
     @staticmethod
     def applies(model: PreTrainedModel) -> bool:
@@ -172,6 +178,12 @@ class NarrowVocabulary:
         )
         self._pending_decay *= 1.0 - group["lr"] * group["weight_decay"]
 
+    def cut(self, table: torch.Tensor) -> torch.Tensor:
+        """A copy of the rows of a whole table that the narrow one has."""
+        rows = table.detach()[self._rows.to(table.device)]
+        give_back(table)
+        return rows
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The model runs on the narrow table within; then on its own, brought up to date."""
@@ -179,37 +191,16 @@ class NarrowVocabulary:
         try:
             yield
         finally:
-            self.update_whole()
+            self._make_whole()
             self._install(self._whole)
-
-    @contextmanager
-    def made_whole(self) -> Iterator[None]:
-        """Within :meth:`installed`: the model has its whole table, up to date, for a while."""
-        self.update_whole()
-        self._install(self._whole)
-        try:
-            yield
-        finally:
-            self._install(self.weight)
-
-    @contextmanager
-    def lent_whole(self) -> Iterator[None]:
-        """As :meth:`made_whole`; afterwards the whole table is as it was before."""
-        with torch.no_grad():
-            before, state = self._whole.detach().clone(), self.state()
-            try:
-                with self.made_whole():
-                    yield
-            finally:
-                self._whole.copy_(before)
-                self._pending_decay, self._applied = state["pending"], state["applied"]
 
     @contextmanager
     def shown_whole(self) -> Iterator[None]:
         """Within :meth:`installed`: the model has its whole table for a look.
 
-        Rows that the data does not use lack the decay of the steps since the last
-        :meth:`update_whole`: whether it counts is open until the best epoch is known.
+        Rows that the data does not use lack their decay, some millionths, until the end: the rate
+        of the steps to come is small, and whether these count is open until the best epoch is
+        known.
         """
         with torch.no_grad():
             self._whole[self._rows] = self.weight
@@ -219,17 +210,50 @@ class NarrowVocabulary:
         finally:
             self._install(self.weight)
 
-    def update_whole(self) -> None:
+    def settle_decay(self) -> None:
+        """The decay up to now counts: the weights of now are the ones to keep."""
+        if self._pending_decay != 1.0:
+            self._applied.append(self._pending_decay)
+            self._pending_decay = 1.0
+
+    def table(self) -> Pieces:
+        """The whole table with the weights and the decay of now, for a checkpoint."""
+        decays = [*self._applied, self._pending_decay]
+        whole, weight = self._whole.detach(), self.weight.detach()
+
+        def make(first: int, last: int) -> torch.Tensor:
+            piece = whole[first:last].clone()
+            give_back(whole[first:last])
+            for decay in decays:
+                if decay != 1.0:
+                    piece.mul_(decay)
+            ends = torch.tensor([first, last], device=self._rows.device)
+            low, high = torch.searchsorted(self._rows, ends).tolist()
+            piece[self._rows[low:high] - first] = weight[low:high]
+            return piece
+
+        return Pieces(tuple(whole.shape), whole.dtype, make)
+
+    def adopt(self, table: torch.Tensor) -> None:
+        """Takes a table that equals :meth:`table`, and is mapped from the file where that was
+        written, for the model's own, so that at the end nothing has to be made."""
+        if table.shape == self._whole.shape and table.dtype == self._whole.dtype:
+            self._whole.data = table
+            self._is_whole = True
+
+    def _make_whole(self) -> None:
         """Writes the narrow table, and the decay of the other rows, into the whole one."""
+        if self._is_whole:
+            return
+        self.settle_decay()
         with torch.no_grad():
-            if self._pending_decay != 1.0:
-                self._whole.mul_(self._pending_decay)
-                self._applied.append(self._pending_decay)
-                self._pending_decay = 1.0
+            for decay in self._applied:
+                self._whole.mul_(decay)
             self._whole[self._rows] = self.weight
+        self._is_whole = True
 
     def forget_decay(self) -> None:
-        """Drops what was noted since the table was last made whole: weights were set back."""
+        """Drops what was noted since :meth:`settle_decay`: the weights were set back."""
         self._pending_decay = 1.0
 
     def state(self) -> dict[str, Any]:
@@ -237,11 +261,7 @@ class NarrowVocabulary:
         return {"pending": self._pending_decay, "applied": list(self._applied)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Decays the rows of a table that is as it was at the start, factor by factor, so that they
-        have the bits of the table whose :meth:`state` this was."""
-        with torch.no_grad():
-            for decay in state["applied"]:
-                self._whole.mul_(decay)
+        """Takes up what :meth:`state` gave, on a model that is as it was at the start."""
         self._pending_decay, self._applied = state["pending"], list(state["applied"])
 
     def _install(self, weight: torch.nn.Parameter) -> None:

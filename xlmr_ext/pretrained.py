@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from xlmr_ext.tokenization import XLMRobertaTokenizer
+    from xlmr_ext.weights import Pieces
 
 __all__ = ["PreTrainedModel"]
 
@@ -251,7 +252,7 @@ class PreTrainedModel(ModelSurface):
         save_directory: str | os.PathLike[str],
         *,
         is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
+        state_dict: Mapping[str, Tensor | Pieces] | None = None,
         save_function: Any = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
@@ -270,7 +271,8 @@ class PreTrainedModel(ModelSurface):
         Args:
             save_directory: made where absent.
             is_main_process: False: do nothing; for programs that run in several processes.
-            state_dict: save these weights, not the model's own.
+            state_dict: save these weights, not the model's own; a table may be
+                :class:`xlmr_ext.weights.Pieces`, made while it is written.
             save_function: taken as accelerate passes it, and not used.
             push_to_hub: must be false.
             max_shard_size: bytes, or a number and a unit such as ``"500MB"`` or ``"2GiB"``.

@@ -299,6 +299,47 @@ class ModelSurface(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    # --- Freezing ------------------------------------------------------------------------------
+
+    def freeze_embeddings(self) -> Self:
+        """Stops the training of the embeddings: of words, positions and types, and their LayerNorm.
+
+        See :meth:`freeze_layers`. A decoder that is tied to the word embeddings stops with them.
+        """
+        self.base_model.get_submodule("embeddings").requires_grad_(False)
+        return self
+
+    def freeze_layers(self, lowest: int) -> Self:
+        """Stops the training of the embeddings and of the lowest layers.
+
+        Below the lowest parameter that is trained the forward keeps nothing and the backward
+        computes nothing. In train mode frozen parts drop out as before, as in transformers: what
+        they give is that of a run without freezing.
+
+        Args:
+            lowest: how many layers; 0 freezes nothing, and the embeddings neither.
+
+        Returns:
+            The model itself. ``model.requires_grad_(True)`` trains all again.
+
+        Raises:
+            TypeError: it is no whole number.
+            ValueError: the model has fewer layers.
+            RuntimeError: the encoder is packed for inference.
+        """
+        if self.is_frozen:
+            refuse("freeze_layers")
+        layers: Any = self.base_model.get_submodule("encoder.layer")
+        if isinstance(lowest, bool) or not isinstance(lowest, int):
+            raise TypeError(f"freeze_layers takes a whole number, got {lowest!r}")
+        if not 0 <= lowest <= len(layers):
+            raise ValueError(f"freeze_layers is {lowest}; the model has {len(layers)} layers")
+        if lowest:
+            self.freeze_embeddings()
+        for layer in layers[:lowest]:
+            layer.requires_grad_(False)
+        return self
+
     # --- Activation checkpointing --------------------------------------------------------------
 
     @property

@@ -5,27 +5,31 @@ Nothing here knows a model's class; entries are names, shapes and tensors.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xlmr_ext.formats.weights_file import FILE_DTYPES, WeightsFile
 from xlmr_ext.formats.weights_file import open_safetensors as open_weights
+from xlmr_ext.mapped_memory import give_back, row_pieces
 
 __all__ = [
+    "Pieces",
     "Plan",
+    "bytes_of",
     "check_dtypes",
     "match_entries",
     "open_weights",
+    "pieces_of",
     "read_tensors",
     "tensors_to_save",
     "write_weights",
@@ -37,6 +41,16 @@ logger = logging.getLogger(__name__)
 _HARMLESS = re.compile(
     r"^lm_head\.|^(roberta\.)?pooler\.|(^|\.)embeddings\.(position|token_type)_ids$"
 )
+# As safetensors calls them.
+_FILE_NAMES = {
+    **{dtype: name for name, dtype in FILE_DTYPES.items()},
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -215,12 +229,41 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b.to(a.dtype))
 
 
-def tensors_to_save(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Pieces:
+    """A table that is made while it is written, some rows at a time, and is never there whole.
+
+    Args:
+        shape: rows first.
+        make: gives the rows from one number up to another.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    make: Callable[[int, int], Tensor]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The parts, in order."""
+        row_bytes = math.prod(self.shape[1:]) * self.element_size()
+        for first, last in row_pieces(self.shape[0], row_bytes):
+            yield self.make(first, last)
+
+
+def tensors_to_save(entries: Mapping[str, Tensor | Pieces]) -> dict[str, Tensor | Pieces]:
     """The model's entries, contiguous and without shared memory, a shared parameter once."""
     written: set[int] = set()
     storages: set[tuple[torch.device, int]] = set()
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Pieces] = {}
     for name, entry in entries.items():
+        if isinstance(entry, Pieces):
+            tensors[name] = entry
+            continue
         if entry.is_meta:
             raise ValueError(f"{name} has no data: the model is on the meta device")
         if id(entry) in written:
@@ -235,13 +278,47 @@ def tensors_to_save(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file that transformers takes for its own; OSError where it fails."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+def write_weights(tensors: Mapping[str, Tensor | Pieces], path: Path) -> None:
+    """Writes a safetensors file that transformers takes for its own; OSError where it fails.
+
+    Piece by piece: what is mapped from another file does not come to lie in memory.
+    """
+    # The largest elements first, so that each is on its own boundary.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name in order:
+        entry = tensors[name]
+        size = entry.numel() * entry.element_size()
+        header[name] = {
+            "dtype": _FILE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [place, place + size],
+        }
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for part in pieces_of(tensors[name]):
+                file.write(memoryview(bytes_of(part)))  # type: ignore[arg-type, unused-ignore]
+                give_back(part)
+
+
+def pieces_of(entry: Tensor | Pieces) -> Iterator[Tensor]:
+    """An entry's elements in order, some megabytes at a time."""
+    if isinstance(entry, Pieces):
+        yield from entry
+        return
+    flat = entry.detach().reshape(-1)
+    for first, last in row_pieces(flat.numel(), flat.element_size()):
+        yield flat[first:last]
+
+
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """A tensor's bytes, without a copy where it is contiguous on the CPU."""
+    if not tensor.numel():
+        return np.empty(0, np.uint8)
+    found: NDArray[np.uint8] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return found

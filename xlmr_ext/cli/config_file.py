@@ -76,7 +76,7 @@ def _arguments(
             command.error(f"{path}: {seen[name]!r} and {key!r} are the same option")
         seen[name] = key
         action = options[name]
-        if action.nargs == 0:
+        if action.nargs == 0 or (action.nargs == "?" and isinstance(value, bool)):
             if not isinstance(value, bool):
                 command.error(f"{path}: {key} must be true or false, got {value!r}")
             given += [f"--{name}"] if value else []

@@ -153,6 +153,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="balanced, or a number for each label in the order of their ids, such as 1,2.5: what "
         "the labels weigh in the loss (classification, tokens; default: all rows the same)",
     )
+    recipe.add_argument(
+        "--freeze-embeddings", action="store_true", help="do not train the embeddings"
+    )
+    recipe.add_argument(
+        "--freeze-layers",
+        metavar="N",
+        type=count_or_zero,
+        default=0,
+        help="do not train the lowest N layers, nor the embeddings",
+    )
+    recipe.add_argument(
+        "--gradient-checkpointing",
+        metavar="EVERY",
+        type=count,
+        nargs="?",
+        const=1,
+        default=0,
+        help="for less memory and more time, keep the input alone of every layer, or every "
+        "EVERY-th, and run the layer again in the backward pass; the result is the same",
+    )
     add_device(recipe)
     course = parser.add_argument_group("course of the run")
     course.add_argument(
@@ -250,6 +270,9 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         bucket_batches=arguments.bucket_batches,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        freeze_embeddings=arguments.freeze_embeddings,
+        freeze_layers=arguments.freeze_layers,
         eval_steps=arguments.eval_steps,
         early_stopping_patience=arguments.early_stopping_patience,
         keep_last=arguments.keep_last,

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xlmr_ext.mapped_memory import give_back
+from xlmr_ext.weights import Pieces, bytes_of, pieces_of
+
 if TYPE_CHECKING:
     from xlmr_ext.pretrained import PreTrainedModel
     from xlmr_ext.tasks.base import Features, Task
@@ -157,14 +160,10 @@ def fingerprint(model: PreTrainedModel, is_narrow: bool) -> str:
     return f"{checksum:08x}"
 
 
-def bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    """A tensor's bytes, without a copy where it is contiguous on the CPU."""
-    if not tensor.numel():
-        return np.empty(0, np.uint8)
-    found: NDArray[np.uint8] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return found
-
-
-def checksum_of(tensor: torch.Tensor, before: int = 0) -> int:
+def checksum_of(tensor: torch.Tensor | Pieces, before: int = 0) -> int:
     """The CRC-32 of a tensor's bytes behind those of ``before``."""
-    return zlib.crc32(memoryview(bytes_of(tensor)), before)  # type: ignore[arg-type, unused-ignore]
+    checksum = before
+    for part in pieces_of(tensor):
+        checksum = zlib.crc32(memoryview(bytes_of(part)), checksum)  # type: ignore[arg-type, unused-ignore]
+        give_back(part)
+    return checksum

@@ -13,6 +13,7 @@ import torch
 
 from xlmr_ext.chance import ChanceWarning, signs_of_chance
 from xlmr_ext.data import LengthBatches, packed
+from xlmr_ext.mapped_memory import give_back
 from xlmr_ext.optim import adamw, clip_gradients, linear_schedule, set_rate, warmup_steps
 from xlmr_ext.prediction import Evaluation
 from xlmr_ext.training.divergence import stop_if_diverged
@@ -309,11 +310,11 @@ class Loop:
         at.best_step, at.best_key = at.step, None if scores is None else scores.key
         self.best_scores = scores
         if self.narrow is not None:
-            self.narrow.update_whole()
+            self.narrow.settle_decay()
         self.best_weights = None
-        if scores is not None and at.step < self.total:
-            self.best_weights = self._trained_weights()
         self.checkpoints.save_best(self._name(record), self._log(record))
+        if scores is not None and at.step < self.total:
+            self.best_weights = self.checkpoints.best_weights() or self._trained_weights()
 
     def _trained_weights(self) -> dict[str, torch.Tensor]:
         """Copies of the weights of now."""
@@ -395,6 +396,7 @@ class Loop:
         if not self.checkpoints.written:
             # Saved by the process before, whose end may have come in the middle of it.
             self.checkpoints.save_best(self._name(best), self._log(best))
+        self.checkpoints.hand_over_table()
         result = FinetuneResult(
             history=at.history,
             losses=at.losses,
@@ -432,6 +434,7 @@ class Loop:
         with torch.no_grad():
             for name, value in self.best_weights.items():
                 parameters[name].copy_(value)
+                give_back(value)
         if self.narrow is not None:
             self.narrow.forget_decay()
 

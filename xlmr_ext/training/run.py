@@ -21,6 +21,7 @@ from xlmr_ext.training.records import TrainingInterrupted
 from xlmr_ext.training.seeds import seed_everything
 from xlmr_ext.training.settings import Settings, check_count
 from xlmr_ext.training.state import StateFile
+from xlmr_ext.training.thrift import check_thrift, thrift
 
 if TYPE_CHECKING:
     from xlmr_ext.pretrained import PreTrainedModel
@@ -52,6 +53,9 @@ def finetune(
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | Literal["balanced"] | None = None,
     narrow_vocabulary: bool = True,
+    gradient_checkpointing: bool | int = False,
+    freeze_embeddings: bool = False,
+    freeze_layers: int = 0,
     eval_steps: int | None = None,
     early_stopping_patience: int | None = None,
     keep_last: bool = False,
@@ -107,6 +111,12 @@ def finetune(
             once. Of classification and tokens, as ``weight`` of torch's ``cross_entropy``.
         narrow_vocabulary: train only the word-embedding rows that the data uses: the same
             result in less memory and time, see :class:`xlmr_ext.optim.NarrowVocabulary`.
+        gradient_checkpointing: keep a layer's input alone for the backward pass, which runs the
+            layer again: the same bits, in less memory and more time. True: of every layer; n: of
+            every n-th. A model where it is on already keeps it.
+        freeze_embeddings: do not train the embeddings, in this run.
+        freeze_layers: do not train so many of the lowest layers, nor the embeddings, in this run;
+            see ``model.freeze_layers``.
         eval_steps: evaluate after so many optimiser steps, and at the end, in place of after every
             epoch; the history has a record of each.
         early_stopping_patience: stop after so many evaluations in a row without a better one.
@@ -141,6 +151,7 @@ def finetune(
         raise ValueError(f"max_length came with a task, which has its own, {task.max_length}")
     elif task.model is not model:
         raise ValueError("task was made on another model than the one to train")
+    check_thrift(model, gradient_checkpointing, freeze_embeddings, freeze_layers)
     settings = Settings(
         epochs=epochs,
         batch_size=batch_size,
@@ -162,6 +173,8 @@ def finetune(
         ),
         eval_steps=eval_steps,
         early_stopping_patience=early_stopping_patience,
+        freeze_embeddings=freeze_embeddings,
+        freeze_layers=freeze_layers,
     )
     settings.check(has_dev=dev is not None)
     check_count("log_steps", log_steps)
@@ -184,57 +197,58 @@ def finetune(
     )
     directory = None if output_dir is None else prepare_folder(Path(output_dir))
     seed_everything(seed)
-    is_narrow = narrow_vocabulary and NarrowVocabulary.applies(model)
-    state, before = None, None
-    if directory is not None:
-        identity = Identity.of(model, task, settings, data, dev_features, is_narrow=is_narrow)
-        state = StateFile(directory, identity)
-        before = state.load(data, dev_features) if resume else None
-        if resume and before is None:
-            ended = finished_run(
-                directory, identity, model, task, dev_features, batch_size=batch_size
+    with thrift(model, gradient_checkpointing, freeze_embeddings, freeze_layers):
+        is_narrow = narrow_vocabulary and NarrowVocabulary.applies(model)
+        state, before = None, None
+        if directory is not None:
+            identity = Identity.of(model, task, settings, data, dev_features, is_narrow=is_narrow)
+            state = StateFile(directory, identity)
+            before = state.load(data, dev_features) if resume else None
+            if resume and before is None:
+                ended = finished_run(
+                    directory, identity, model, task, dev_features, batch_size=batch_size
+                )
+                if ended is not None:
+                    model.eval()
+                    return ended
+
+        narrow = None
+        if is_narrow:
+            narrow = NarrowVocabulary(model, chain.from_iterable(part.sequences for part in every))
+            for part in every:
+                part.sequences = [narrow.ids(sequence) for sequence in part.sequences]
+
+        with nullcontext() if narrow is None else narrow.installed():
+            log = StepLog(
+                None if directory is None else directory / STEPS_NAME,
+                keep=0 if before is None else before[0]["log_bytes"],
             )
-            if ended is not None:
+            loop = Loop(
+                model,
+                task,
+                settings,
+                Checkpoints(model, tokenizer, directory, narrow),
+                narrow,
+                log,
+                log_steps,
+                state,
+                save_steps,
+                keep_last,
+                progress,
+                on_epoch,
+            )
+            try:
+                if before is None:
+                    log.write("start", **loop.beginning(data, dev_features))
+                return loop.train(data, dev_features, before)
+            except KeyboardInterrupt:
+                raise TrainingInterrupted(
+                    f"stopped {loop.where()}; {loop.checkpoints.told()}"
+                ) from None
+            except ArithmeticError as error:
+                log.write("error", message=str(error))
+                raise
+            finally:
+                loop.close()
+                log.close()
                 model.eval()
-                return ended
-
-    narrow = None
-    if is_narrow:
-        narrow = NarrowVocabulary(model, chain.from_iterable(part.sequences for part in every))
-        for part in every:
-            part.sequences = [narrow.ids(sequence) for sequence in part.sequences]
-
-    with nullcontext() if narrow is None else narrow.installed():
-        log = StepLog(
-            None if directory is None else directory / STEPS_NAME,
-            keep=0 if before is None else before[0]["log_bytes"],
-        )
-        loop = Loop(
-            model,
-            task,
-            settings,
-            Checkpoints(model, tokenizer, directory, narrow),
-            narrow,
-            log,
-            log_steps,
-            state,
-            save_steps,
-            keep_last,
-            progress,
-            on_epoch,
-        )
-        try:
-            if before is None:
-                log.write("start", **loop.beginning(data, dev_features))
-            return loop.train(data, dev_features, before)
-        except KeyboardInterrupt:
-            raise TrainingInterrupted(
-                f"stopped {loop.where()}; {loop.checkpoints.told()}"
-            ) from None
-        except ArithmeticError as error:
-            log.write("error", message=str(error))
-            raise
-        finally:
-            loop.close()
-            log.close()
-            model.eval()

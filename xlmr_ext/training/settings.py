@@ -29,6 +29,8 @@ class Settings:
     class_weights: tuple[float, ...] | str | None
     eval_steps: int | None
     early_stopping_patience: int | None
+    freeze_embeddings: bool = False
+    freeze_layers: int = 0
 
     def check(self, *, has_dev: bool) -> None:
         """TypeError or ValueError where an argument is out of its range."""

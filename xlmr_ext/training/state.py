@@ -21,8 +21,8 @@ from torch import Tensor
 from xlmr_ext.files import replace_files
 from xlmr_ext.formats.weights_file import open_safetensors
 from xlmr_ext.saving import SaveError, interrupts_wait
-from xlmr_ext.training.identity import HasPlaces, Identity, ResumeError, bytes_of, checksum_of
-from xlmr_ext.weights import tensors_to_save, write_weights
+from xlmr_ext.training.identity import HasPlaces, Identity, ResumeError, checksum_of
+from xlmr_ext.weights import bytes_of, tensors_to_save, write_weights
 
 STATE_NAME = "xlmr_ext_training_state.safetensors"
 
