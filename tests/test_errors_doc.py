@@ -39,7 +39,6 @@ WORDLESS = (
     ("xlmr_ext/tasks/choice.py", "…", "a TypeError's message, for a file"),
     ("xlmr_ext/tokenization.py", "…: …", "the folder before a message"),
     ("xlmr_ext/tokenizer/tokenizer_files.py", "…: …", "the file before a message"),
-    ("xlmr_ext/weights.py", "…", "the system's own words"),
 )
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xlmr_ext.cli.arguments import (
     PROGRAM,
@@ -38,6 +38,9 @@ from xlmr_ext.tasks.registry import TASKS, task_of_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from xlmr_ext.pretrained import PreTrainedModel
+    from xlmr_ext.tasks.base import Task
+    from xlmr_ext.tokenization import XLMRobertaTokenizer
     from xlmr_ext.training import EpochRecord, FinetuneResult
 
 NAME = "finetune"
@@ -100,6 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--json", action="store_true", help="print a JSON object for every epoch, and for the run"
+    )
+    data.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what the run will take in memory and in time, and do not start it",
     )
     add_config(data)
     add_task(
@@ -226,7 +234,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in paths:
         check_format(arguments, name, path)
     threads = use_threads(arguments)
-    if arguments.report is not None:
+    if arguments.report is not None and not arguments.plan:
         make_folder(arguments.report)
     from xlmr_ext.tasks.registry import make_task, task_class
     from xlmr_ext.training import finetune, seed_everything
@@ -237,6 +245,12 @@ def run(arguments: argparse.Namespace) -> int:
     # A new head is drawn while the model is loaded.
     seed_everything(arguments.seed)
     model, tokenizer, new = load_to_train(arguments, name, labels)
+    task = make_task(
+        name, model, tokenizer, max_length=arguments.max_length, **task_options(arguments, name)
+    )
+    if arguments.plan:
+        _print_plan(arguments, model, tokenizer, train, dev, task)
+        return 0
     if not arguments.json:
         size = f"{len(train)} {TASKS[name].unit} to train"
         size += "" if dev is None else f", {len(dev)} to evaluate"
@@ -249,13 +263,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer,
         train,
         dev=dev,
-        task=make_task(
-            name,
-            model,
-            tokenizer,
-            max_length=arguments.max_length,
-            **task_options(arguments, name),
-        ),
+        task=task,
         output_dir=arguments.output,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -285,6 +293,36 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         _report(arguments, result, len(train), None if dev is None else len(dev))
     return 0
+
+
+def _print_plan(
+    arguments: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: XLMRobertaTokenizer,
+    train: Any,
+    dev: Any,
+    task: Task,
+) -> None:
+    from xlmr_ext.training.plan import finetune_plan
+
+    plan = finetune_plan(
+        model,
+        tokenizer,
+        train,
+        dev=dev,
+        task=task,
+        output_dir=arguments.output,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        seed=arguments.seed,
+        bucket_batches=arguments.bucket_batches,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        freeze_embeddings=arguments.freeze_embeddings,
+        freeze_layers=arguments.freeze_layers,
+        eval_steps=arguments.eval_steps,
+    )
+    print(json.dumps(plan.as_row()) if arguments.json else plan.table(), flush=True)
 
 
 def _weights(text: str) -> list[float] | str:
