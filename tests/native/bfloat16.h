@@ -1,6 +1,8 @@
 // What products of table.bf16 owe: operands rounded to bfloat16, everything else float32.
 #pragma once
 
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "harness.h"
@@ -28,6 +30,26 @@ template <class T>
 std::vector<T> rounded_to_bf16(std::vector<T> values) {
   for (T& value : values) value = T(as_bf16(double(value)));
   return values;
+}
+// Every third number in the middle between two of bfloat16.
+template <class T>
+std::vector<T> with_ties(std::vector<T> values) {
+  if constexpr (std::is_same_v<T, float>) {
+    for (size_t i = 0; i < values.size(); i += 3) {
+      uint32_t bits;
+      std::memcpy(&bits, &values[i], sizeof bits);
+      bits = (bits & 0xffff0000u) | 0x8000u;
+      std::memcpy(&values[i], &bits, sizeof bits);
+    }
+  }
+  return values;
+}
+// As operands may come: numbers of bfloat16, or all kinds.
+template <class T>
+void prepare(bool rounded, std::initializer_list<std::vector<T>*> operands) {
+  for (std::vector<T>* values : operands) {
+    *values = rounded ? rounded_to_bf16(std::move(*values)) : with_ties(std::move(*values));
+  }
 }
 // What the products read where `values` are given.
 template <class T>

@@ -54,16 +54,9 @@ Problem<T> make(Random& random, Products products, int64_t rows, int64_t hidden,
   const bool all = random.chance(0.5);
   for (bool& need : p.need) need = all || random.chance(0.6);
   if (products.bf16) {
-    // Numbers of bfloat16, or others half of the time. Packing must not change weights that the
-    // table reads as they are otherwise.
-    if (!products.rounds || random.chance(0.5)) {
-      p.up = rounded_to_bf16(p.up);
-      p.down = rounded_to_bf16(p.down);
-    }
-    if (random.chance(0.5)) {
-      p.x = rounded_to_bf16(p.x);
-      p.dy = rounded_to_bf16(p.dy);
-    }
+    // Packing must not change weights that the table reads as they are otherwise.
+    prepare(!products.rounds || random.chance(0.5), {&p.up, &p.down});
+    prepare(random.chance(0.5), {&p.x, &p.dy});
   }
   return p;
 }
