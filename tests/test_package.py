@@ -236,7 +236,9 @@ def test_imports_make_no_circle(graph: dict[str, set[str]]) -> None:
 def test_native_code_has_two_doors(graph: dict[str, set[str]]) -> None:
     """One for the ops, one for the frozen encoder; both call through one module."""
     doors = {"_launch", "_launch_encoder"}
-    assert {name for name, targets in graph.items() if "_native" in targets} == doors
+    # mapped_memory tells the system's kernel of addresses, not ours.
+    users = {name for name, targets in graph.items() if "_native" in targets}
+    assert users - {"mapped_memory"} == doors
     assert {name for name, targets in graph.items() if "_C" in targets} == doors | {"_native"}
     assert {name for name, targets in graph.items() if "_cuda" in targets} == {"cuda_support"}
     # The command line prints build_info(), and imports it before it sets the threads.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from xlmr_vocabulary import write_tiny_vocabulary
 
 import xlmr_ext
-from xlmr_ext import XLMRobertaForSequenceClassification, XLMRobertaTokenizer
+from xlmr_ext import _C, XLMRobertaForSequenceClassification, XLMRobertaTokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -260,7 +260,6 @@ def test_either_tokenizer(
     [
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"bf16": True},
         {"dataloader_num_workers": 1},
         {"group_by_length": False, "include_num_input_tokens_seen": True},
     ],
@@ -278,6 +277,14 @@ def test_settings_that_change_no_result(
     assert losses(trainer) == plain[0]
     for name, value in weights(trainer.model).items():
         assert_same_bits(value, plain[1][name], name)
+
+
+def test_bf16(folder: Path, tmp_path: Path, plain: tuple[list[float], Any]) -> None:
+    """Autocast rounds the operands of products where the processor has units for that."""
+    trainer = make_trainer(folder, tmp_path, bf16=True)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(plain[0], rel=0.02)
+    assert (losses(trainer) == plain[0]) != _C.has_bf16_units()
 
 
 def test_accumulated_batches_are_one(folder: Path, tmp_path: Path) -> None:

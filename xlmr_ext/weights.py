@@ -298,12 +298,16 @@ def write_weights(tensors: Mapping[str, Tensor | Pieces], path: Path) -> None:
         place += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for part in pieces_of(tensors[name]):
-                file.write(memoryview(bytes_of(part)))  # type: ignore[arg-type, unused-ignore]
-                give_back(part)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                for part in pieces_of(tensors[name]):
+                    file.write(memoryview(bytes_of(part)))  # type: ignore[arg-type, unused-ignore]
+                    give_back(part)
+    except OSError as error:
+        error.filename = str(path)  # a write names no file
+        raise
 
 
 def pieces_of(entry: Tensor | Pieces) -> Iterator[Tensor]:
