@@ -317,6 +317,7 @@ def _print_plan(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         seed=arguments.seed,
         bucket_batches=arguments.bucket_batches,
+        bf16=arguments.bf16,
         gradient_checkpointing=arguments.gradient_checkpointing,
         freeze_embeddings=arguments.freeze_embeddings,
         freeze_layers=arguments.freeze_layers,

@@ -108,6 +108,7 @@ def finetune_plan(
     max_length: int | None = None,
     seed: int = 42,
     bucket_batches: int = 1,
+    bf16: bool = False,
     narrow_vocabulary: bool = True,
     gradient_checkpointing: bool | int = False,
     freeze_embeddings: bool = False,
@@ -170,7 +171,7 @@ def finetune_plan(
                 evaluations=(
                     epochs if eval_steps is None else -(-epochs * len(batches) // eval_steps)
                 ),
-                batch_size=batch_size,
+                bf16=bf16,
                 directory=None if output_dir is None else Path(output_dir),
                 narrows=narrow_vocabulary and NarrowVocabulary.applies(model),
             )
@@ -190,7 +191,7 @@ def _plan(
     *,
     steps: int,
     evaluations: int,
-    batch_size: int,
+    bf16: bool,
     directory: Path | None,
     narrows: bool,
 ) -> FinetunePlan:
@@ -220,7 +221,8 @@ def _plan(
         model.train()
         with peak_memory() as peak:
             for index in chosen:
-                timed.append((int(tokens[index]), _time_of_step(model, task, data, parts[index])))
+                taken = _time_of_step(model, task, data, parts[index], bf16)
+                timed.append((int(tokens[index]), taken))
         weights = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
         gradients = sum(_bytes(p) for p in trained)
         # Mapped weights that are not trained: the parts of a table that are looked at.
@@ -308,7 +310,9 @@ def _touched(table: torch.Tensor, rows: np.ndarray[Any, Any], *, exact: bool = F
     return min(_bytes(table), len(pages) * page)
 
 
-def _time_of_step(model: PreTrainedModel, task: Task, data: Features, part: Sequence[int]) -> float:
+def _time_of_step(
+    model: PreTrainedModel, task: Task, data: Features, part: Sequence[int], bf16: bool
+) -> float:
     taken = []
     for _ in range(_TIMES):
         started = time.perf_counter()
@@ -318,7 +322,9 @@ def _time_of_step(model: PreTrainedModel, task: Task, data: Features, part: Sequ
             pad_token_id=int(model.config.pad_token_id),
             device=model.device,
         )
-        task.loss(model, batch, [data.targets[example] for example in part]).backward()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            loss = task.loss(model, batch, [data.targets[example] for example in part])
+        loss.backward()
         taken.append(time.perf_counter() - started)
     return min(taken)
 
