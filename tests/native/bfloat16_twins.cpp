@@ -110,16 +110,20 @@ const xlmr::KernelTable* find(const char* name) {
 
 void test_bf16(TableRef table) {
   if (emulates_cuda(table)) {
-    const char* want = "products of float32 tensors in bfloat16 run on the CPU only";
+    const char* want = "weights packed in bfloat16 are for the CPU only";
     const xlmr::ExecContext context;
-    tally().context = "bfloat16 products of float32 tensors on CUDA";
-    const auto check = [&](const auto& op) {
-      CHECK(op.run({}, context) == std::string(want), "an op ran");
+    tally().context = "weights packed in bfloat16 on CUDA";
+    xlmr::LinearForward linear{};
+    xlmr::FeedForwardForward feed_forward{};
+    linear.packed = feed_forward.packed = true;
+    const auto check = [&](xlmr::Status said) {
+      CHECK(said != nullptr && said == std::string(want), "an op ran");
     };
-    check(table.bf16.linear_forward);
-    check(table.bf16.linear_backward);
-    check(table.bf16.feed_forward_forward);
-    check(table.bf16.feed_forward_backward);
+    check(table.bf16.linear_forward.run(linear, context));
+    check(table.bf16.feed_forward_forward.run(feed_forward, context));
+    CHECK(table.bf16.linear_backward.run == table.linear_backward.run, "another backward");
+    CHECK(table.bf16.feed_forward_backward.run == table.feed_forward_backward.run,
+          "another backward");
     return;
   }
   test_workspace_bf16(table);
