@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from xlmr_ext.training.log import STEPS_NAME
+from xlmr_ext.training.state import STATE_NAME
 
 # The parent computes nothing, so that a child of it starts at once.
 _PROGRAM = """
@@ -63,6 +69,49 @@ class Nursery:
             assert line, "the process that trains has died"
         _, code, seconds = json.loads(line)
         return code, seconds
+
+    def kill_at_random(
+        self, folder: Path, kills: int, seed: int, same_end: Callable[[Path, Path], None]
+    ) -> int:
+        """SIGKILL, again and again, to runs that are continued each time; the last is left alone.
+
+        The moments are spread over the time that a whole run takes. Every run that ends is compared
+        with one that was never stopped.
+
+        Args:
+            folder: of the runs.
+            same_end: asserts that two runs gave the same bits.
+
+        Returns:
+            How many kills came after a state was saved.
+        """
+        source = random.Random(seed)
+        whole = folder / "whole"
+        assert self.train(folder / "warm-up")[0] == 0
+        code, seconds = self.train(whole)
+        assert code == 0
+        killed = finished = after_a_state = 0
+        while killed < kills:
+            run = folder / f"run-{finished}"
+            code, _ = self.train(run, kill_after=source.uniform(0, seconds))
+            if code == 0:
+                # It ended before its turn came; what it gave is compared, and another begins.
+                same_end(run, whole)
+                finished += 1
+                continue
+            assert code == -signal.SIGKILL
+            killed += 1
+            after_a_state += (run / STATE_NAME).exists()
+            path = run / STEPS_NAME
+            steps = path.read_text().count('"event": "step"') if path.exists() else 0
+            print(f"kill {killed}: after {steps} steps")
+        run = folder / f"run-{finished}"
+        assert self.train(run)[0] == 0
+        same_end(run, whole)
+        print(
+            f"{killed} kills in {finished + 1} runs of {seconds:.2f} s each, all to the same bits"
+        )
+        return after_a_state
 
     def close(self) -> None:
         self._process.kill()

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import make_encoder
 from test_frozen import MODELS, check_alone_and_on_threads, inputs_of, make, same
-from test_launch_encoder import encoder_of, last_apart, layers_of, shifted, strided, with_data
+from test_launch_encoder import check_down_refused, shifted, strided, with_data
 from torch import Tensor, nn
 
 from xlmr_ext import _C, XLMRobertaForSequenceClassification, _launch, build_info
@@ -123,12 +122,7 @@ BAD_LAYERS: list[tuple[Callable[[PackedWeight], Any], type[Exception], str]] = [
 def test_layers_that_do_not_fit(
     change: Callable[[PackedWeight], Any], error: type[Exception], match: str
 ) -> None:
-    model = make_encoder()
-    layers = layers_of(model, last_apart(model), pack_bf16)
-    encoder_of(model, layers)
-    layers[1] = replace(layers[1], down=change(layers[1].down))
-    with pytest.raises(error, match=f"encoder: layer 1: down.*{match}"):
-        encoder_of(model, layers)
+    check_down_refused(pack_bf16, change, error, match)
 
 
 def test_what_is_refused() -> None:

@@ -270,6 +270,21 @@ def test_sizes_that_do_not_fit() -> None:
         PackedEncoder([], 24, 37, 3, "gelu")
 
 
+def check_down_refused(
+    pack: Callable[[Tensor], PackedWeight],
+    change: Callable[[PackedWeight], Any],
+    error: type[Exception],
+    match: str,
+) -> None:
+    """An encoder takes weights packed so, and not with the second layer's ``down`` changed."""
+    model = make_encoder()
+    layers = layers_of(model, last_apart(model), pack)
+    encoder_of(model, layers)
+    layers[1] = replace(layers[1], down=change(layers[1].down))
+    with pytest.raises(error, match=f"encoder: layer 1: down.*{match}"):
+        encoder_of(model, layers)
+
+
 def strided(x: Tensor) -> Tensor:
     return torch.stack([x, x], 1)[:, 0]
 

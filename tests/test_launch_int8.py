@@ -16,6 +16,7 @@ from pairs import make_encoder
 from test_launch_encoder import (
     batch_of,
     call,
+    check_down_refused,
     encoder_of,
     last_apart,
     layers_of,
@@ -210,12 +211,7 @@ BAD_LAYERS: list[tuple[Callable[[PackedWeight], Any], type[Exception], str]] = [
 def test_layers_that_do_not_fit(
     change: Callable[[PackedWeight], Any], error: type[Exception], match: str
 ) -> None:
-    model = make_encoder()
-    layers = layers_of(model, last_apart(model), pack_quantized)
-    encoder_of(model, layers)
-    layers[1] = replace(layers[1], down=change(layers[1].down))
-    with pytest.raises(error, match=f"encoder: layer 1: down.*{match}"):
-        encoder_of(model, layers)
+    check_down_refused(pack_quantized, change, error, match)
 
 
 def test_float_layers_take_no_int8_weight() -> None:

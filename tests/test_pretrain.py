@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -500,28 +499,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     """SIGKILL, again and again, to a run that is continued each time; then it is left alone."""
     fresh(tokenizer, hidden_dropout_prob=0.1).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    source = random.Random(seed)
     nursery = Nursery(TRAIN)
     try:
-        assert nursery.train(tmp_path / "warm-up")[0] == 0
-        code, seconds = nursery.train(tmp_path / "whole")
-        assert code == 0
-        killed = finished = 0
-        resumed = []
-        while killed < kills:
-            folder = tmp_path / f"run-{finished}"
-            code, _ = nursery.train(folder, kill_after=source.uniform(0, seconds))
-            if code == 0:
-                same_end(folder, tmp_path / "whole")
-                finished += 1
-                continue
-            assert code == -signal.SIGKILL
-            killed += 1
-            resumed.append((folder / STATE_NAME).exists())
-        folder = tmp_path / f"run-{finished}"
-        assert nursery.train(folder)[0] == 0
-        same_end(folder, tmp_path / "whole")
-        assert any(resumed), "no kill came after a state was saved"
+        resumed = nursery.kill_at_random(tmp_path, kills, seed, same_end)
+        assert resumed, "no kill came after a state was saved"
     finally:
         nursery.close()
 

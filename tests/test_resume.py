@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -377,36 +376,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     The moments are spread over the time that a whole run takes, so that some fall into the saving
     of a state or a checkpoint, and some before there is one.
     """
-    source = random.Random(seed)
     nursery = Nursery(TRAIN)
     try:
-        code, _ = nursery.train(tmp_path / "warm-up")
-        assert code == 0
-        code, seconds = nursery.train(tmp_path / "whole")
-        assert code == 0
-        killed = finished = 0
-        resumed = []
-        while killed < kills:
-            folder = tmp_path / f"run-{finished}"
-            code, _ = nursery.train(folder, kill_after=source.uniform(0, seconds))
-            if code == 0:
-                # It ended before its turn came; what it gave is compared, and another begins.
-                same_end(folder, tmp_path / "whole")
-                finished += 1
-                continue
-            assert code == -signal.SIGKILL
-            killed += 1
-            resumed.append((folder / STATE_NAME).exists())
-            path = folder / STEPS_NAME
-            steps = path.read_text().count('"event": "step"') if path.exists() else 0
-            print(f"kill {killed}: after {steps} of 24 steps")
-        folder = tmp_path / f"run-{finished}"
-        assert nursery.train(folder)[0] == 0
-        same_end(folder, tmp_path / "whole")
-        assert any(resumed), "no kill came after a state was saved"
-        print(
-            f"{killed} kills in {finished + 1} runs of {seconds:.2f} s each, all to the same bits"
-        )
+        resumed = nursery.kill_at_random(tmp_path, kills, seed, same_end)
+        assert resumed, "no kill came after a state was saved"
     finally:
         nursery.close()
 

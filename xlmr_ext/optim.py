@@ -124,7 +124,7 @@ class NarrowVocabulary:
         model: PreTrainedModel,
         sequences: Iterable[Sequence[int]],
     ) -> None:
-        self._embedding = _word_embeddings(model)
+        self._embedding = word_embeddings(model)
         self._whole = _parameter(self._embedding)
         used = [np.arange(int(model.config.pad_token_id) + 1, dtype=np.int64)]
         used += [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
@@ -141,7 +141,7 @@ class NarrowVocabulary:
     def applies(model: PreTrainedModel) -> bool:
         """Whether the word embeddings can be swapped without anybody noticing."""
         try:
-            embedding = _word_embeddings(model)
+            embedding = word_embeddings(model)
         except (AttributeError, TypeError):
             return False
         # A tied weight, a hook or a parametrization would see another tensor than it expects.
@@ -269,7 +269,8 @@ class NarrowVocabulary:
         self._embedding.num_embeddings = weight.shape[0]
 
 
-def _word_embeddings(model: PreTrainedModel) -> torch.nn.Embedding:
+def word_embeddings(model: PreTrainedModel) -> torch.nn.Embedding:
+    """The table of words; AttributeError or TypeError where the model has none that is plain."""
     embedding = model.get_submodule("roberta.embeddings.word_embeddings")
     if not isinstance(embedding, torch.nn.Embedding):
         raise TypeError(f"the word embeddings are no Embedding but {type(embedding).__name__}")

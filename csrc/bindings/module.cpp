@@ -62,21 +62,23 @@ int64_t execute(const xlmr::Op<Args>& kernel, const Args& args, int32_t num_thre
 struct DefineOp {
   py::module_& module;
 
-  template <class Args, class... P>
-  void operator()(const char* name, xlmr::Op<Args> KernelTable::* op, Args (*make)(P...)) const {
+  // `op` is a member of the table, or of its products in bfloat16.
+  template <class Member, class Args, class... P>
+  void operator()(const char* name, Member op, Args (*make)(P...)) const {
     module.def(name, [op, make](P... integers, int32_t num_threads, Address workspace,
                                 int64_t workspace_bytes) {
-      return execute(xlmr::active().table->*op, make(integers...), num_threads, workspace,
-                     workspace_bytes);
+      return execute(kernel(op), make(integers...), num_threads, workspace, workspace_bytes);
     });
   }
-  template <class Args, class... P>
-  void operator()(const char* name, xlmr::Op<Args> xlmr::Bf16Ops::* op, Args (*make)(P...)) const {
-    module.def(name, [op, make](P... integers, int32_t num_threads, Address workspace,
-                                int64_t workspace_bytes) {
-      return execute(xlmr::active().table->bf16.*op, make(integers...), num_threads, workspace,
-                     workspace_bytes);
-    });
+
+ private:
+  template <class Args>
+  static const xlmr::Op<Args>& kernel(xlmr::Op<Args> KernelTable::* op) {
+    return xlmr::active().table->*op;
+  }
+  template <class Args>
+  static const xlmr::Op<Args>& kernel(xlmr::Op<Args> xlmr::Bf16Ops::* op) {
+    return xlmr::active().table->bf16.*op;
   }
 };
 

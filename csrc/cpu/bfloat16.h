@@ -131,11 +131,13 @@ void pack_pairs(MatrixView<float> m, int64_t rows, int64_t k_size, uint16_t* dst
   memset(dst + written * kWidth, 0, static_cast<size_t>((padded - written) * kWidth) * sizeof *dst);
 }
 
+constexpr int kPairRows = 12;  // of a register tile: 24 accumulators in registers of 16 lanes
+
 // One register tile as multiply_rows of register_tile.h; `a` and `b` hold pairs.
 template <int kRows>
 __attribute__((noinline)) void multiply_pairs(int64_t steps, const float* a, const float* b,
                                               float* out, bool add, LookAhead ahead) {
-  constexpr int V = Vec<float>::size, NR = kBf16Channels, NV = NR / V, MR = 12;
+  constexpr int V = Vec<float>::size, NR = kBf16Channels, NV = NR / V;
   Vec<float> acc[kRows][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -153,9 +155,9 @@ __attribute__((noinline)) void multiply_pairs(int64_t steps, const float* a, con
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[i][v] = dot(acc[i][v], av, bv[v]);
     }
-    a += MR;
+    a += kPairRows;
     b += NR;
-    __builtin_prefetch(a + steps * MR);
+    __builtin_prefetch(a + steps * kPairRows);
     __builtin_prefetch(ahead.at);
     ahead.at += ahead.step;
   }
@@ -174,7 +176,7 @@ struct Bfloat16 {
   using Value = float;
   using Packed = uint16_t;
   using Right = MatrixView<float>;
-  static constexpr int64_t kRows = 12, kColumns = kBf16Channels;
+  static constexpr int64_t kRows = kPairRows, kColumns = kBf16Channels;
   static constexpr int64_t kDepth = kBf16Depth;
   static constexpr int64_t kBlockK = 384;
   static constexpr bool kReadsPacked = true;
@@ -194,7 +196,7 @@ struct Bfloat16 {
   }
   static XLMR_INLINE void multiply(int64_t k_size, const uint16_t* a, int64_t rows,
                                    const uint16_t* b, float* out, bool add, LookAhead ahead) {
-    const auto kernel = rows > 8   ? multiply_pairs<12>
+    const auto kernel = rows > 8   ? multiply_pairs<kPairRows>
                         : rows > 4 ? multiply_pairs<8>
                         : rows > 1 ? multiply_pairs<4>
                                    : multiply_pairs<1>;

@@ -17,19 +17,6 @@ using Bf16Arithmetic = Bfloat16Tiles;
 using Bf16Arithmetic = Bfloat16;
 #endif
 
-template <class Kernel, class Args>
-int64_t kernel_workspace(const Args& args, const ExecContext& ctx) {
-  Workspace space(nullptr);
-  (void)Kernel(space, args, ctx);
-  return space.total();
-}
-template <class Kernel, class Args>
-Status run_kernel(const Args& args, const ExecContext& ctx) {
-  Workspace space(ctx.workspace);
-  Kernel(space, args, ctx).run(args, ctx);
-  return nullptr;
-}
-
 }  // namespace
 }  // namespace xlmr::XLMR_ISA
 

@@ -8,22 +8,9 @@ namespace xlmr::XLMR_ISA {
 namespace {
 
 // A panel of A is 32 rows of 32 steps, 64 bytes a row, one such block behind the other.
-struct Bfloat16Tiles {
-  using Value = float;
-  using Packed = uint16_t;
-  using Right = Bfloat16::Right;
+struct Bfloat16Tiles : Bfloat16 {
   using Session = TileSession;
-  static constexpr int64_t kRows = 2 * kTileRows, kColumns = kBf16Channels;
-  static constexpr int64_t kDepth = kBf16Depth;
-  static constexpr int64_t kBlockK = 384;
-  static constexpr bool kReadsPacked = true;
-
-  static Right right(const void* weight, int64_t out_features, int64_t in_features) {
-    return Bfloat16::right(weight, out_features, in_features);
-  }
-  static void pack_columns(const Right& b, int64_t k_size, int64_t columns, uint16_t* dst) {
-    Bfloat16::pack_columns(b, k_size, columns, dst);
-  }
+  static constexpr int64_t kRows = 2 * kTileRows;
 
   static void pack_rows(MatrixView<float> a, int64_t rows, int64_t k_size, uint16_t* dst) {
     constexpr int V = Vec<float>::size;

@@ -69,31 +69,17 @@ struct FeedForwardInt8Kernel {
   }
 };
 
-template <class Kernel, class Args>
-int64_t workspace_of(const Args& args, const ExecContext& ctx) {
-  Workspace space(nullptr);
-  (void)Kernel(space, args, ctx);
-  return space.total();
-}
-
-template <class Kernel, class Args>
-Status run_kernel(const Args& args, const ExecContext& ctx) {
-  Workspace space(ctx.workspace);
-  Kernel(space, args, ctx).run(args, ctx);
-  return nullptr;
-}
-
 }  // namespace
 
 int64_t linear_int8_forward_workspace(const LinearInt8Forward& args, const ExecContext& ctx) {
-  return workspace_of<LinearInt8Kernel>(args, ctx);
+  return kernel_workspace<LinearInt8Kernel>(args, ctx);
 }
 Status linear_int8_forward(const LinearInt8Forward& args, const ExecContext& ctx) {
   return run_kernel<LinearInt8Kernel>(args, ctx);
 }
 int64_t feed_forward_int8_forward_workspace(const FeedForwardInt8Forward& args,
                                             const ExecContext& ctx) {
-  return workspace_of<FeedForwardInt8Kernel>(args, ctx);
+  return kernel_workspace<FeedForwardInt8Kernel>(args, ctx);
 }
 Status feed_forward_int8_forward(const FeedForwardInt8Forward& args, const ExecContext& ctx) {
   return run_kernel<FeedForwardInt8Kernel>(args, ctx);

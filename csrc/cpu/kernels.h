@@ -2,6 +2,7 @@
 // the contract is in ops.h.
 #pragma once
 
+#include "core/workspace.h"
 #include "cpu/isa.h"
 #include "ops.h"
 
@@ -34,26 +35,44 @@ XLMR_DECLARE_OP(feed_forward_int8_forward, FeedForwardInt8Forward);
 
 }  // namespace xlmr::XLMR_ISA
 
-// Defines an op from a template `Kernel<T>` with a constructor (Workspace&, args, ctx), which lays
-// out the workspace, and a method run(args, ctx). The query and the run share the constructor.
+// A kernel has a constructor (Workspace&, args, ctx), which lays out the workspace, and a method
+// run(args, ctx). The query and the run share the constructor.
+namespace xlmr::XLMR_ISA {
+namespace {
+
+template <class Kernel, class Args>
+int64_t kernel_workspace(const Args& args, const ExecContext& ctx) {
+  Workspace space(nullptr);
+  (void)Kernel(space, args, ctx);
+  return space.total();
+}
+template <class Kernel, class Args>
+Status run_kernel(const Args& args, const ExecContext& ctx) {
+  Workspace space(ctx.workspace);
+  Kernel(space, args, ctx).run(args, ctx);
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace xlmr::XLMR_ISA
+
+// Defines an op from a template of kernels, Kernel<T>.
 #define XLMR_DEFINE_OP(name, Args, Kernel)                             \
   int64_t name##_workspace(const Args& args, const ExecContext& ctx) { \
-    Workspace space(nullptr);                                          \
     if (args.dtype == DType::float32) {                                \
-      (void)Kernel<float>(space, args, ctx);                           \
-    } else if (args.dtype == DType::float64) {                         \
-      (void)Kernel<double>(space, args, ctx);                          \
+      return kernel_workspace<Kernel<float>>(args, ctx);               \
     }                                                                  \
-    return space.total();                                              \
+    if (args.dtype == DType::float64) {                                \
+      return kernel_workspace<Kernel<double>>(args, ctx);              \
+    }                                                                  \
+    return Workspace(nullptr).total();                                 \
   }                                                                    \
   Status name(const Args& args, const ExecContext& ctx) {              \
-    Workspace space(ctx.workspace);                                    \
     if (args.dtype == DType::float32) {                                \
-      Kernel<float>(space, args, ctx).run(args, ctx);                  \
-    } else if (args.dtype == DType::float64) {                         \
-      Kernel<double>(space, args, ctx).run(args, ctx);                 \
-    } else {                                                           \
-      return "the CPU has kernels of float32 and float64 only";        \
+      return run_kernel<Kernel<float>>(args, ctx);                     \
     }                                                                  \
-    return nullptr;                                                    \
+    if (args.dtype == DType::float64) {                                \
+      return run_kernel<Kernel<double>>(args, ctx);                    \
+    }                                                                  \
+    return "the CPU has kernels of float32 and float64 only";          \
   }

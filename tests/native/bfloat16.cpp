@@ -309,12 +309,7 @@ void check_layout(Random& random, int64_t out, int64_t in) {
 
 void check_layout_size() {
   tally().context = "packed_bf16_bytes";
-  std::vector<int64_t> sizes{1, 2, 31, 32, 33, 64, 65, 100};
-  for (int exponent = 8; exponent < 63; ++exponent) {
-    const int64_t power = int64_t(1) << exponent;
-    for (const int64_t size : {power - 1, power, power + 1}) sizes.push_back(size);
-  }
-  sizes.push_back(std::numeric_limits<int64_t>::max());
+  const std::vector<int64_t> sizes = sizes_up_to_overflow({1, 2, 31, 32, 33, 64, 65, 100});
   for (const int64_t out : sizes) {
     for (const int64_t in : sizes) {
       // Each rounded up is below 2^64, and so is a quarter of what the product of both may be.

@@ -434,12 +434,7 @@ void check_layout(Random& random, int64_t out, int64_t in) {
 
 void check_layout_size() {
   tally().context = "packed_int8_bytes";
-  std::vector<int64_t> sizes{1, 3, 4, 5, 15, 16, 17, 100};
-  for (int exponent = 8; exponent < 63; ++exponent) {
-    const int64_t power = int64_t(1) << exponent;
-    for (const int64_t size : {power - 1, power, power + 1}) sizes.push_back(size);
-  }
-  sizes.push_back(std::numeric_limits<int64_t>::max());
+  const std::vector<int64_t> sizes = sizes_up_to_overflow({1, 3, 4, 5, 15, 16, 17, 100});
   for (const int64_t out : sizes) {
     for (const int64_t in : sizes) {
       const __int128 exact_bytes =

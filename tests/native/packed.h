@@ -7,6 +7,16 @@
 
 namespace test {
 
+// `sizes`, and sizes about every power of two: products of two of them overflow.
+inline std::vector<int64_t> sizes_up_to_overflow(std::vector<int64_t> sizes) {
+  for (int exponent = 8; exponent < 63; ++exponent) {
+    const int64_t power = int64_t(1) << exponent;
+    for (const int64_t size : {power - 1, power, power + 1}) sizes.push_back(size);
+  }
+  sizes.push_back(std::numeric_limits<int64_t>::max());
+  return sizes;
+}
+
 template <class T>
 class Packed {
  public:

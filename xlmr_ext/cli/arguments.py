@@ -99,6 +99,25 @@ def _device(text: str) -> str:
     return text
 
 
+def add_course(parser: argparse.ArgumentParser) -> Any:
+    """A group of what every run of training leaves on its way, for a command to add to."""
+    course = parser.add_argument_group("course of the run")
+    course.add_argument(
+        "--log-steps",
+        metavar="N",
+        type=count,
+        default=1,
+        help="steps from one line of OUTPUT/xlmr_ext_training.jsonl to the next",
+    )
+    course.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the state in OUTPUT, to the same bits as a run that was never stopped; "
+        "give the rest of the command as it was",
+    )
+    return course
+
+
 def add_hub(parser: argparse.ArgumentParser) -> None:
     hub = parser.add_argument_group("where the model comes from")
     hub.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub model")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xlmr_ext.cli.arguments import (
     PROGRAM,
     above_zero,
+    add_course,
     add_device,
     add_hub,
     count,
@@ -38,9 +39,6 @@ from xlmr_ext.tasks.registry import TASKS, task_of_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from xlmr_ext.pretrained import PreTrainedModel
-    from xlmr_ext.tasks.base import Task
-    from xlmr_ext.tokenization import XLMRobertaTokenizer
     from xlmr_ext.training import EpochRecord, FinetuneResult
 
 NAME = "finetune"
@@ -182,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "EVERY-th, and run the layer again in the backward pass; the result is the same",
     )
     add_device(recipe)
-    course = parser.add_argument_group("course of the run")
+    course = add_course(parser)
     course.add_argument(
         "--eval-steps",
         metavar="N",
@@ -201,24 +199,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at the end, also write the last weights, to OUTPUT/last",
     )
     course.add_argument(
-        "--log-steps",
-        metavar="N",
-        type=count,
-        default=1,
-        help="steps from one line of OUTPUT/xlmr_ext_training.jsonl to the next",
-    )
-    course.add_argument(
         "--save-steps",
         metavar="N",
         type=count_or_zero,
         help="save the state that --resume goes on from after every N steps; 0 never (default: "
         "after an epoch, where the last one is five minutes ago)",
-    )
-    course.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the state in OUTPUT, to the same bits as a run that was never stopped; "
-        "give the rest of the command as it was",
     )
     add_hub(parser)
 
@@ -248,8 +233,20 @@ def run(arguments: argparse.Namespace) -> int:
     task = make_task(
         name, model, tokenizer, max_length=arguments.max_length, **task_options(arguments, name)
     )
+    # What a run takes depends on these alone.
+    sizes: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in (
+            "epochs", "batch_size", "gradient_accumulation_steps", "seed", "bucket_batches",
+            "bf16", "gradient_checkpointing", "freeze_embeddings", "freeze_layers", "eval_steps",
+        )
+    }  # fmt: skip
+    sizes |= {"dev": dev, "task": task, "output_dir": arguments.output}
     if arguments.plan:
-        _print_plan(arguments, model, tokenizer, train, dev, task)
+        from xlmr_ext.training.plan import finetune_plan
+
+        plan = finetune_plan(model, tokenizer, train, **sizes)
+        print(json.dumps(plan.as_row()) if arguments.json else plan.table(), flush=True)
         return 0
     if not arguments.json:
         size = f"{len(train)} {TASKS[name].unit} to train"
@@ -262,26 +259,14 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         tokenizer,
         train,
-        dev=dev,
-        task=task,
-        output_dir=arguments.output,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
+        **sizes,
         learning_rate=arguments.learning_rate,
         warmup_ratio=arguments.warmup_ratio,
         weight_decay=arguments.weight_decay,
         layer_decay=arguments.layer_decay,
-        bf16=arguments.bf16,
         label_smoothing=arguments.label_smoothing,
         class_weights=arguments.class_weights,
         max_grad_norm=arguments.max_grad_norm,
-        seed=arguments.seed,
-        bucket_batches=arguments.bucket_batches,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        freeze_embeddings=arguments.freeze_embeddings,
-        freeze_layers=arguments.freeze_layers,
-        eval_steps=arguments.eval_steps,
         early_stopping_patience=arguments.early_stopping_patience,
         keep_last=arguments.keep_last,
         log_steps=arguments.log_steps,
@@ -293,37 +278,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         _report(arguments, result, len(train), None if dev is None else len(dev))
     return 0
-
-
-def _print_plan(
-    arguments: argparse.Namespace,
-    model: PreTrainedModel,
-    tokenizer: XLMRobertaTokenizer,
-    train: Any,
-    dev: Any,
-    task: Task,
-) -> None:
-    from xlmr_ext.training.plan import finetune_plan
-
-    plan = finetune_plan(
-        model,
-        tokenizer,
-        train,
-        dev=dev,
-        task=task,
-        output_dir=arguments.output,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        seed=arguments.seed,
-        bucket_batches=arguments.bucket_batches,
-        bf16=arguments.bf16,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        freeze_embeddings=arguments.freeze_embeddings,
-        freeze_layers=arguments.freeze_layers,
-        eval_steps=arguments.eval_steps,
-    )
-    print(json.dumps(plan.as_row()) if arguments.json else plan.table(), flush=True)
 
 
 def _weights(text: str) -> list[float] | str:

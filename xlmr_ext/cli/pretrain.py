@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xlmr_ext.cli.arguments import (
     PROGRAM,
     above_zero,
+    add_course,
     add_device,
     add_hub,
     count,
@@ -111,19 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most tokens of a block (default: 512, less where the model takes less)",
     )
     add_device(recipe)
-    course = parser.add_argument_group("course of the run")
+    course = add_course(parser)
     course.add_argument(
         "--eval-steps",
         metavar="N",
         type=count,
         help="evaluate on DEV after every N steps too (default: before the first and at the end)",
-    )
-    course.add_argument(
-        "--log-steps",
-        metavar="N",
-        type=count,
-        default=1,
-        help="steps from one line of OUTPUT/xlmr_ext_training.jsonl to the next",
     )
     course.add_argument(
         "--save-steps",
@@ -132,12 +126,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=500,
         help="save the checkpoint, and the state that --resume goes on from, after every N steps; "
         "0: only the checkpoint, at the end",
-    )
-    course.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the state in OUTPUT, to the same bits as a run that was never stopped; "
-        "give the rest of the command as it was",
     )
     add_hub(parser)
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from xlmr_ext.mapped_memory import give_back
+from xlmr_ext.optim import word_embeddings
 from xlmr_ext.weights import Pieces, bytes_of, pieces_of
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _digests(features: Features) -> NDArray[np.int64]:
 def fingerprint(model: PreTrainedModel, is_narrow: bool) -> str:
     """A checksum of names, shapes and types, and of the values that no saved state holds."""
     checksum = 0
-    table = model.get_submodule("roberta.embeddings.word_embeddings").weight if is_narrow else None
+    table = word_embeddings(model).weight if is_narrow else None
     for name, parameter in model.named_parameters():
         about = f"{name} {list(parameter.shape)} {parameter.dtype} {parameter.requires_grad}"
         checksum = zlib.crc32(about.encode(), checksum)

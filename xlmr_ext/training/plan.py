@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from xlmr_ext.data import LengthBatches, check_vocabulary, packed
+from xlmr_ext.data import LengthBatches, packed
 from xlmr_ext.mapped_memory import give_back, peak_memory, resident_bytes, resident_memory
-from xlmr_ext.optim import NarrowVocabulary
+from xlmr_ext.optim import NarrowVocabulary, word_embeddings
 from xlmr_ext.tasks.registry import make_task, task_of_model
+from xlmr_ext.training.features import read_features
 from xlmr_ext.training.settings import check_count
 from xlmr_ext.training.thrift import check_thrift, thrift
 
@@ -133,21 +134,11 @@ def finetune_plan(
     }
     for name, value in sizes.items():
         check_count(name, value)
-    train_data = task.load(train, "train")
-    dev_data = None if dev is None else task.load(dev, "dev")
     before = copy.deepcopy((model.config.id2label, model.config.label2id))
     was_training = model.training
     generator = torch.get_rng_state()
     try:
-        task.settle(train_data)
-        data = task.features(train_data, training=True)
-        if not len(data):
-            raise ValueError("train has no examples left to learn from")
-        dev_features = None if dev_data is None else task.features(dev_data, training=False)
-        every = [data] if dev_features is None else [data, dev_features]
-        check_vocabulary(
-            chain.from_iterable(part.sequences for part in every), int(model.config.vocab_size)
-        )
+        data, dev_features = read_features(model, task, train, dev)
         batches = LengthBatches(
             data.lengths(),
             batch_size * gradient_accumulation_steps,
@@ -201,7 +192,7 @@ def _plan(
     whole = [*model.parameters()]
     table: Any = None
     if narrows:
-        table = model.get_submodule("roberta.embeddings.word_embeddings").weight
+        table = word_embeddings(model).weight
     used = _used_rows(every)
     narrow = None
     if narrows:

@@ -27,7 +27,7 @@ from xlmr_ext.training.pretraining_loop import PretrainingLoop
 from xlmr_ext.training.pretraining_settings import PretrainSettings
 from xlmr_ext.training.records import EpochRecord, TrainingInterrupted
 from xlmr_ext.training.seeds import seed_everything
-from xlmr_ext.training.settings import check_count
+from xlmr_ext.training.settings import check_count, check_course
 from xlmr_ext.training.state import StateFile
 
 if TYPE_CHECKING:
@@ -172,14 +172,11 @@ def pretrain(
         seed=seed,
     )
     settings.check()
-    check_count("log_steps", log_steps)
-    check_count("save_steps", save_steps, least=0)
+    check_course(log_steps, save_steps, resume=resume, has_output=output_dir is not None)
     if eval_steps is not None:
         check_count("eval_steps", eval_steps)
         if dev is None:
             raise ValueError("eval_steps came without dev, the text to evaluate on")
-    if resume and output_dir is None:
-        raise ValueError("resume came without output_dir, where the state of training is")
     check_vocabulary([[len(tokenizer) - 1]], int(model.config.vocab_size))
     collator = MaskingCollator(tokenizer, mlm_probability, seed=seed)
 

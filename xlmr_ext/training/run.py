@@ -8,18 +8,18 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from xlmr_ext.data import check_vocabulary
 from xlmr_ext.optim import NarrowVocabulary
 from xlmr_ext.saving import prepare_folder
 from xlmr_ext.tasks.registry import make_task, task_of_model
 from xlmr_ext.training.checkpoints import Checkpoints
+from xlmr_ext.training.features import read_features
 from xlmr_ext.training.finished import finished_run
 from xlmr_ext.training.identity import Identity
 from xlmr_ext.training.log import STEPS_NAME, StepLog
 from xlmr_ext.training.loop import Loop
 from xlmr_ext.training.records import TrainingInterrupted
 from xlmr_ext.training.seeds import seed_everything
-from xlmr_ext.training.settings import Settings, check_count
+from xlmr_ext.training.settings import Settings, check_course
 from xlmr_ext.training.state import StateFile
 from xlmr_ext.training.thrift import check_thrift, thrift
 
@@ -177,24 +177,10 @@ def finetune(
         freeze_layers=freeze_layers,
     )
     settings.check(has_dev=dev is not None)
-    check_count("log_steps", log_steps)
-    if save_steps is not None:
-        check_count("save_steps", save_steps, least=0)
-    if resume and output_dir is None:
-        raise ValueError("resume came without output_dir, where the state of training is")
-    train_data = task.load(train, "train")
-    dev_data = None if dev is None else task.load(dev, "dev")
-    task.settle(train_data)
-    data = task.features(train_data, training=True)
-    if not len(data):
-        raise ValueError("train has no examples left to learn from")
+    check_course(log_steps, save_steps, resume=resume, has_output=output_dir is not None)
+    data, dev_features = read_features(model, task, train, dev)
     task.weigh(data, label_smoothing=label_smoothing, class_weights=settings.class_weights)
-    dev_features = None if dev_data is None else task.features(dev_data, training=False)
-    del train_data, dev_data
     every = [data] if dev_features is None else [data, dev_features]
-    check_vocabulary(
-        chain.from_iterable(part.sequences for part in every), int(model.config.vocab_size)
-    )
     directory = None if output_dir is None else prepare_folder(Path(output_dir))
     seed_everything(seed)
     with thrift(model, gradient_checkpointing, freeze_embeddings, freeze_layers):

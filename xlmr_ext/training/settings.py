@@ -82,6 +82,15 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"seed must be from 0 to 2**32 - 1, got {recipe.seed}")
 
 
+def check_course(log_steps: int, save_steps: int | None, *, resume: bool, has_output: bool) -> None:
+    """TypeError or ValueError where what a run leaves on its way is not as it can be."""
+    check_count("log_steps", log_steps)
+    if save_steps is not None:
+        check_count("save_steps", save_steps, least=0)
+    if resume and not has_output:
+        raise ValueError("resume came without output_dir, where the state of training is")
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """TypeError or ValueError where ``value`` is no whole number from ``least`` on."""
     if isinstance(value, bool) or not isinstance(value, int):
